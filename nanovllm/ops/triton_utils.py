@@ -236,8 +236,8 @@ def wait_for_inputs(PDL: tl.constexpr):
     the chain writes: weights, and the step's inputs, which are written before the chain starts (`start_chain`).
 
     At least one program of every kernel in a chain must call this, even if it needs no input: the end of a kernel then
-    implies the end of all earlier ones. Programs without work should exit without waiting to make room for the next
-    kernel.
+    implies the end of all earlier ones. Other programs without work should exit without waiting, to make room for the
+    next kernel.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -150,7 +150,7 @@ def call_all():
         cu_seqlens = torch.zeros(5, **i32)
         rows = state_rows.StateRows(slots, lens, cu_seqlens, gdn_plan.prompt_plan_triton(cu_seqlens, 200, 2))
         gated_delta_net.gated_delta_net_triton(tokens, weights, pools, rows)
-        config = gdn_plan.GdnPromptConfig(slices=2)
+        config = gdn_prompt.GdnPromptConfig(slices=2)
         gdn_prompt.gdn_prompt_triton(tokens, weights, pools, rows, torch.zeros(200, heads * dim, **kind), config)
         copy_slots.copy_slots_triton(pools.conv[None], slots[:2], slots[2:])
         few = gdn_inputs.GdnInputs(*(x[:4] for x in tokens))

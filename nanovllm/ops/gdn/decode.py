@@ -33,7 +33,7 @@ class GdnDecodeConfig(NamedTuple):
     num_warps: int = 4
 
 
-MAX_WHOLE_HEADS = 128  # of more (row, head) pairs, slices use the GPU better
+MAX_WHOLE_HEADS = 128  # above this many (row, head) pairs, slices are faster
 
 
 def default_decode_config(num_rows: int, heads: int, v_dim: int, state_dtype: torch.dtype) -> GdnDecodeConfig:
@@ -47,9 +47,12 @@ def default_decode_config(num_rows: int, heads: int, v_dim: int, state_dtype: to
 
 @triton.jit
 def _past_inputs(history_ptr, channels, position, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the inputs of the convolution before the current one, [WIDTH, channels], the latest last but one."""
+    """Return the WIDTH - 1 inputs before the current one, oldest first: [WIDTH, channels].
+
+    The last row is zero: it is the current input's place.
+    """
     positions = position - (WIDTH - 1) + tl.arange(0, WIDTH)[:, None]
-    mask = (positions >= 0) & (positions < position) & (channels >= 0)[None, :]
+    mask = tl.broadcast_to((positions >= 0) & (positions < position), [WIDTH, channels.shape[0]])
     offsets = (positions & (WIDTH - 1)) * CHANNELS + channels[None, :]
     return tl.load(history_ptr + offsets, mask=mask, other=0.0)
 
@@ -62,9 +65,9 @@ def _convolved(x_ptr, past, weight_ptr, new_ptr, channels, is_owner, WIDTH: tl.c
     compute the same channels.
     """
     taps = tl.arange(0, WIDTH)[:, None]
-    columns = channels[None, :] + taps * 0
+    columns = tl.broadcast_to(channels[None, :], [WIDTH, channels.shape[0]])
     weight = tl.load(weight_ptr + columns * WIDTH + taps).to(tl.float32)
-    is_new = (taps == WIDTH - 1) & (columns >= 0)
+    is_new = tl.broadcast_to(taps == WIDTH - 1, [WIDTH, channels.shape[0]])
     new = tl.load(x_ptr + columns, mask=is_new, other=0.0)
     if is_owner:
         tl.store(new_ptr + columns, new, mask=is_new)
@@ -111,7 +114,7 @@ def _gdn_decode_kernel(
     if MIXED:
         token = tl.load(cu_ptr + row)
         if tl.load(cu_ptr + row + 1) - token != 1:
-            wait_for_inputs(PDL)
+            wait_for_inputs(PDL)  # perhaps no program has work
             return
     launch_dependents(PDL)
     token = token.to(tl.int64)
@@ -177,11 +180,11 @@ def gdn_decode_triton(
 
     Args:
         out: [T, HV * DV], contiguous; the tokens of these rows are written.
-        norm: norm and gate the output. Only with one slice; else `gated_rms_norm` must follow.
+        norm: norm and gate the output. Only with one slice; else `gated_rms_norm_triton` must follow.
     """
     if norm and config.slices > 1:
         raise ValueError(f"norm needs one slice, got {config.slices}")
-    k_heads = state.check(inputs, weights)
+    k_heads = state.num_key_heads
     _, heads, k_dim, v_dim = state.recurrent.shape
     if not len(rows.slots):
         return

@@ -31,5 +31,6 @@ def gated_delta_net(inputs: GdnInputs, weights: GdnWeights, state: GdnState, row
     Returns:
         [T, HV * DV], zeros for padding tokens that belong to no row.
     """
+    state.check_shapes(inputs, weights)
     run = gated_delta_net_triton if inputs.qkv.is_cuda else gated_delta_net_torch
     return run(inputs, weights, state, rows)

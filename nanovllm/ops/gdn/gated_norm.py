@@ -4,7 +4,6 @@ import torch
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.gdn.elementwise import gated_norm_tile
-from nanovllm.ops.gdn.reference import gated_rms_norm_torch
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 _VALUES_PER_PROGRAM = 4096
@@ -39,7 +38,14 @@ def _gated_rms_norm_kernel(
 def gated_rms_norm_triton(
     x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute `gated_rms_norm` with a Triton kernel."""
+    """Return RMSNorm(x) * weight * silu(z), where the norm is over each head.
+
+    Args:
+        x: [T, HV * DV], contiguous.
+        z: [T, HV * DV], the values of a token contiguous.
+        weight: [DV].
+        out: [T, HV * DV], which may be x; None makes a new tensor.
+    """
     size = len(weight)
     out = torch.empty_like(x) if out is None else out
     num_vectors = x.numel() // size
@@ -60,20 +66,3 @@ def gated_rms_norm_triton(
             **launch_options(x.device),
         )
     return out
-
-
-def gated_rms_norm(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return RMSNorm(x) * weight * silu(z), where the norm is over each head.
-
-    Args:
-        x: [T, HV * DV], contiguous.
-        z: [T, HV * DV], the values of a token contiguous.
-        weight: [DV].
-
-    Returns:
-        [T, HV * DV], a new tensor.
-    """
-    if x.is_cuda:
-        return gated_rms_norm_triton(x, z, weight, eps)
-    heads = (-1, len(weight))
-    return gated_rms_norm_torch(x.unflatten(1, heads), z.unflatten(1, heads), weight, eps).flatten(1)

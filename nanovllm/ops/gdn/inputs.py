@@ -11,6 +11,8 @@ import torch
 # Taps of the causal convolution. Its state holds one input more than it reads, so that a token's input can be stored
 # while other programs still read the three before it.
 CONV_WIDTH = 4
+# Tokens of a chunk of a prompt: within a chunk, tokens are computed by matmuls; from chunk to chunk, by a recurrence.
+CHUNK = 64
 
 
 class GdnInputs(NamedTuple):
@@ -57,8 +59,14 @@ class GdnState(NamedTuple):
     recurrent: torch.Tensor
     conv: torch.Tensor
 
-    def check(self, inputs: GdnInputs, weights: GdnWeights) -> int:
-        """Return HK. Raise ValueError if shapes disagree."""
+    @property
+    def num_key_heads(self) -> int:
+        """HK."""
+        _, heads, k_dim, v_dim = self.recurrent.shape
+        return (self.conv.shape[2] - heads * v_dim) // (2 * k_dim)
+
+    def check_shapes(self, inputs: GdnInputs, weights: GdnWeights) -> None:
+        """Raise ValueError if shapes disagree."""
         _, heads, k_dim, v_dim = self.recurrent.shape
         channels = inputs.qkv.shape[1]
         k_heads, remainder = divmod(channels - heads * v_dim, 2 * k_dim)
@@ -78,4 +86,3 @@ class GdnState(NamedTuple):
         for name, (tensor, shape) in expected.items():
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        return k_heads

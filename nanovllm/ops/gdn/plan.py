@@ -5,47 +5,11 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.arithmetic import ceil_div
+from nanovllm.ops.gdn.inputs import CHUNK
 from nanovllm.ops.triton_utils import tl, triton
 
-# Tokens of a chunk: within a chunk, tokens are computed by matmuls; from chunk to chunk, by a recurrence.
-CHUNK = 64
 _ROWS_PER_TILE = 64
 _CHUNKS_PER_PROGRAM = 64
-
-
-class GdnPromptConfig(NamedTuple):
-    """Settings of the kernels.
-
-    Attributes:
-        convolution_warps, chunk_warps: warps per program of the first two kernels.
-        slices: parts of the value dimensions in the recurrence.
-        num_stages: pipeline stages of the recurrence.
-        merge_precision: of the matmuls that build the inverse; see tl.dot.
-    """
-
-    convolution_warps: int = 8
-    chunk_warps: int = 4
-    slices: int = 2
-    num_stages: int = 2
-    merge_precision: str = "tf32"
-
-
-class ChunkTiles(NamedTuple):
-    """What the first two kernels compute of N chunks for the third.
-
-    Args:
-        q, k: [N, HK, CHUNK, DK], normalized, q scaled.
-        v: [N, HV, CHUNK, DV].
-        solved, scores: [N, HV, CHUNK, CHUNK].
-        g: [N, HV, CHUNK] float32, running sum within the chunk.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    solved: torch.Tensor
-    scores: torch.Tensor
-    g: torch.Tensor
 
 
 class PromptPlan(NamedTuple):
@@ -122,6 +86,7 @@ def prompt_plan_triton(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: i
         num_tokens: T, padding included.
         max_prompts: P, at least the number of rows of two or more tokens.
     """
+    # One more than there can be, because the recurrence loads the gates of the chunk after the last one.
     num_chunks = ceil_div(num_tokens, CHUNK) + max_prompts + 1
     rows, first = torch.empty((2, max_prompts), dtype=torch.int32, device=cu_seqlens.device).unbind(0)
     chunk_rows, tokens = torch.empty((2, num_chunks), dtype=torch.int32, device=cu_seqlens.device).unbind(0)

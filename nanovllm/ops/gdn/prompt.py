@@ -23,10 +23,11 @@ Between the kernels, chunks are padded with zeros to whole tiles, so that loads 
 import torch
 
 from nanovllm.ops.gdn.inputs import GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.plan import GdnPromptConfig, PromptPlan
+from nanovllm.ops.gdn.plan import PromptPlan
 from nanovllm.ops.gdn.prompt_chunk import solve_chunks_triton
 from nanovllm.ops.gdn.prompt_convolution import convolve_triton
 from nanovllm.ops.gdn.prompt_recurrence import gdn_recurrence_triton
+from nanovllm.ops.gdn.prompt_tiles import ChunkTiles, GdnPromptConfig
 from nanovllm.ops.state.rows import StateRows
 
 
@@ -50,6 +51,7 @@ def gdn_prompt_triton(
         raise ValueError("rows.plan must be a PromptPlan, got None")
     v_dim = state.recurrent.shape[-1]
     config = config or GdnPromptConfig(slices=2 if v_dim >= 32 else 1)  # tl.dot needs tiles of 16
-    tiles = convolve_triton(inputs, weights, state, rows, plan, out, config)
+    tiles = ChunkTiles.allocate(len(plan.chunk_rows), inputs.qkv, state)
+    convolve_triton(tiles, inputs, weights, state, rows, plan, out, config)
     solve_chunks_triton(tiles, inputs, weights, rows, plan, config)
-    gdn_recurrence_triton(tiles, inputs, weights, state, rows, plan, out, config)
+    gdn_recurrence_triton(tiles, inputs, state, rows, plan, out, config)

@@ -3,12 +3,13 @@
 import torch
 
 from nanovllm.ops.gdn.elementwise import log_decay
-from nanovllm.ops.gdn.inputs import GdnInputs, GdnWeights
-from nanovllm.ops.gdn.plan import CHUNK, ChunkTiles, GdnPromptConfig, PromptPlan
+from nanovllm.ops.gdn.inputs import CHUNK, GdnInputs, GdnWeights
+from nanovllm.ops.gdn.plan import PromptPlan
+from nanovllm.ops.gdn.prompt_tiles import ChunkTiles, GdnPromptConfig
 from nanovllm.ops.state.rows import StateRows
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
 
-# Rows of the diagonal blocks that are inverted row by row.
+# Height of a diagonal block, at least a quarter of CHUNK. All blocks are inverted together, one row in each iteration.
 _BLOCK = 16
 
 
@@ -17,16 +18,18 @@ def _unit_lower_inverse(a, SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: t
     """Return the inverse of I + a, where a [SIZE, SIZE] float32 is strictly lower triangular.
 
     The diagonal blocks are inverted exactly, all at once. With D their inverse and N = D times the blocks below them,
-    I + a = D^-1 (I + N), and N^4 = 0 for four blocks: the inverse is (I - N) (I + N^2) D.
+    I + a = D^-1 (I + N), and N^4 = 0 for up to four blocks: the inverse is (I - N) (I + N^2) D.
     """
     BLOCKS: tl.constexpr = SIZE // BLOCK
+    tl.static_assert(BLOCKS <= 4)
     blocks = tl.arange(0, BLOCKS)
     inner = tl.arange(0, BLOCK)
-    same = (blocks[:, None, None, None] == blocks[None, None, :, None]) & (inner[None, :, None, None] >= 0)
+    same = blocks[:, None, None, None] == blocks[None, None, :, None]
+    same = tl.broadcast_to(same, [BLOCKS, BLOCK, BLOCKS, 1])
     diagonal = tl.sum(tl.where(same, tl.reshape(a, [BLOCKS, BLOCK, BLOCKS, BLOCK]), 0.0), 2)
     row = inner[None, :, None]
     column = inner[None, None, :]
-    inverse = tl.where((row == column) & (blocks[:, None, None] >= 0), 1.0, 0.0)
+    inverse = tl.where(tl.broadcast_to(row == column, [BLOCKS, BLOCK, BLOCK]), 1.0, 0.0)
     for index in tl.static_range(BLOCK - 1):
         pivot = tl.sum(tl.where(row == index, inverse, 0.0), 1)
         factor = tl.sum(tl.where(column == index, diagonal, 0.0), 2)
@@ -70,7 +73,7 @@ def _gdn_chunk_kernel(
     row = tl.load(chunk_rows_ptr + chunk)
     token = tl.load(chunk_tokens_ptr + chunk)
     if row < 0:
-        wait_for_inputs(PDL)
+        wait_for_inputs(PDL)  # perhaps no program has work
         return
     launch_dependents(PDL)
     index = tl.arange(0, CHUNK)
@@ -111,7 +114,7 @@ def solve_chunks_triton(
     plan: PromptPlan,
     config: GdnPromptConfig,
 ) -> None:
-    """Write what the recurrence needs of each chunk's tokens among each other: `solved`, `scores` and `g`."""
+    """Write the terms within each chunk: `solved`, `scores` and `g`."""
     num_chunks, k_heads, _, k_dim = tiles.k.shape
     heads = tiles.v.shape[1]
     exact = tiles.k.dtype == torch.float32

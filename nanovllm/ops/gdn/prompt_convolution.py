@@ -3,8 +3,9 @@
 import torch
 
 from nanovllm.ops.gdn.elementwise import l2_scale, silu
-from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.plan import CHUNK, ChunkTiles, GdnPromptConfig, PromptPlan
+from nanovllm.ops.gdn.inputs import CHUNK, CONV_WIDTH, GdnInputs, GdnState, GdnWeights
+from nanovllm.ops.gdn.plan import PromptPlan
+from nanovllm.ops.gdn.prompt_tiles import ChunkTiles, GdnPromptConfig
 from nanovllm.ops.state.rows import StateRows
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
 
@@ -25,7 +26,7 @@ def _convolved_tile(
 ):
     """Return SiLU of the convolution for `tokens` of a row, [CHUNK, channels], rounded; zeros after the row's end."""
     rows = tokens[:, None]
-    is_token = (rows < length) & (channels[None, :] >= 0)
+    is_token = tl.broadcast_to(rows < length, [tokens.shape[0], channels.shape[0]])
     total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
     for back in tl.static_range(WIDTH):
         weight = tl.load(weight_ptr + channels * WIDTH + WIDTH - 1 - back).to(tl.float32)
@@ -78,7 +79,7 @@ def _gdn_convolution_kernel(
     values = tl.arange(0, V_DIM)
     if row < 0:
         # Padding tokens get zeros: what is computed from them later must be finite.
-        wait_for_inputs(PDL)
+        wait_for_inputs(PDL)  # perhaps no program has work
         if (token < num_tokens) & (v_head >= 0):
             padding = (token + index).to(tl.int64)[:, None]
             ptrs = out_ptr + (padding * V_HEADS + v_head) * V_DIM + values[None, :]
@@ -134,6 +135,7 @@ def _gdn_convolution_kernel(
 
 
 def convolve_triton(
+    tiles: ChunkTiles,
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
@@ -141,25 +143,11 @@ def convolve_triton(
     plan: PromptPlan,
     out: torch.Tensor,
     config: GdnPromptConfig,
-) -> ChunkTiles:
-    """Return new tiles of all chunks, with q, k and v written. Write zeros to `out` for padding tokens."""
-    k_heads = state.check(inputs, weights)
-    _, heads, k_dim, v_dim = state.recurrent.shape
+) -> None:
+    """Write `q`, `k` and `v` of each chunk. Write zeros to `out` for padding tokens."""
     qkv = inputs.qkv
-    num_chunks = len(plan.chunk_rows)
-
-    def empty(*shape: int, dtype: torch.dtype = qkv.dtype) -> torch.Tensor:
-        return torch.empty((num_chunks, *shape), dtype=dtype, device=qkv.device)
-
-    tiles = ChunkTiles(
-        empty(k_heads, CHUNK, k_dim),
-        empty(k_heads, CHUNK, k_dim),
-        empty(heads, CHUNK, v_dim),
-        empty(heads, CHUNK, CHUNK),
-        empty(heads, CHUNK, CHUNK),
-        empty(heads, CHUNK, dtype=torch.float32),
-    )
-    shape = dict(K_HEADS=k_heads, V_HEADS=heads, K_DIM=k_dim, CHUNK=CHUNK, **launch_options(out.device))
+    num_chunks, k_heads, _, k_dim = tiles.k.shape
+    _, heads, _, v_dim = tiles.v.shape
     _gdn_convolution_kernel[(2 * k_heads + heads, num_chunks)](
         qkv,
         weights.conv,
@@ -175,9 +163,12 @@ def convolve_triton(
         plan.chunk_tokens,
         len(qkv),
         qkv.stride(0),
+        K_HEADS=k_heads,
+        V_HEADS=heads,
+        K_DIM=k_dim,
         V_DIM=v_dim,
+        CHUNK=CHUNK,
         WIDTH=CONV_WIDTH,
         num_warps=config.convolution_warps,
-        **shape,
+        **launch_options(out.device),
     )
-    return tiles

@@ -2,8 +2,9 @@
 
 import torch
 
-from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.plan import CHUNK, ChunkTiles, GdnPromptConfig, PromptPlan
+from nanovllm.ops.gdn.inputs import CHUNK, CONV_WIDTH, GdnInputs, GdnState
+from nanovllm.ops.gdn.plan import PromptPlan
+from nanovllm.ops.gdn.prompt_tiles import ChunkTiles, GdnPromptConfig
 from nanovllm.ops.state.rows import StateRows
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
 
@@ -11,7 +12,7 @@ from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, tri
 @triton.jit
 def _copy_channels(source_ptrs, target_ptrs, channels, tokens):
     """Copy channels of the tokens that exist."""
-    mask = (tokens >= 0)[:, None] & (channels >= 0)[None, :]
+    mask = tl.broadcast_to((tokens >= 0)[:, None], [tokens.shape[0], channels.shape[0]])
     x = tl.load(source_ptrs[:, None] + channels[None, :], mask=mask, other=0.0)
     tl.store(target_ptrs[:, None] + channels[None, :], x, mask=mask)
 
@@ -50,7 +51,7 @@ def _gdn_recurrence_kernel(
     prompt = tl.program_id(2)
     row = tl.load(rows_ptr + prompt)
     if row < 0:
-        wait_for_inputs(PDL)
+        wait_for_inputs(PDL)  # perhaps no program has work
         return
     launch_dependents(PDL)
     GROUP: tl.constexpr = V_HEADS // K_HEADS
@@ -90,7 +91,7 @@ def _gdn_recurrence_kernel(
     g = tl.load(g_ptrs)
     last = tl.load(last_ptr)
     for chunk in tl.range(0, num_chunks, num_stages=STAGES):
-        is_token = (chunk * CHUNK + index < length)[:, None] & (values >= 0)[None, :]
+        is_token = tl.broadcast_to((chunk * CHUNK + index < length)[:, None], [CHUNK, SLICE])
         g_next = tl.load(g_ptrs + V_HEADS * CHUNK)
         last_next = tl.load(last_ptr + V_HEADS * CHUNK)
         k = tl.load(k_ptrs)
@@ -134,15 +135,14 @@ def _gdn_recurrence_kernel(
 def gdn_recurrence_triton(
     tiles: ChunkTiles,
     inputs: GdnInputs,
-    weights: GdnWeights,
     state: GdnState,
     rows: StateRows,
     plan: PromptPlan,
     out: torch.Tensor,
     config: GdnPromptConfig,
 ) -> None:
-    """Update the state and write `out`, which still needs `gated_rms_norm`."""
-    k_heads = state.check(inputs, weights)
+    """Update the state and write `out`, which still needs `gated_rms_norm_triton`."""
+    k_heads = state.num_key_heads
     _, heads, k_dim, v_dim = state.recurrent.shape
     size = v_dim // config.slices
     exact = out.dtype == torch.float32

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.arithmetic import ceil_div
-from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.plan import CHUNK
+from nanovllm.ops.gdn.inputs import CHUNK, CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.state.rows import StateRows
 
 
 def gated_rms_norm_torch(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute `gated_rms_norm`; the norm is over the last dimension of x and z."""
+    """Compute `gated_rms_norm_triton`; the norm is over the last dimension of x and z."""
     wide = x.float()
     normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return ((normed * weight).to(x.dtype) * F.silu(z.float())).to(x.dtype)
@@ -122,7 +121,6 @@ def gated_delta_net_torch(
     delta_rule: Callable = chunk_delta_rule_torch,
 ) -> torch.Tensor:
     """Compute `gated_delta_net`, with `delta_rule` for rows of two or more tokens."""
-    state.check(inputs, weights)
     if rows.cu_seqlens is None:
         return _decode(inputs, weights, state, rows.slots, rows.starts)
     out = torch.zeros(inputs.z.shape, dtype=inputs.z.dtype, device=inputs.z.device)
