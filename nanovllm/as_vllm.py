@@ -54,6 +54,11 @@ class AsyncLLM(nanovllm.AsyncLLM):
         return super().generate(prompt, sampling_params, request_id, **neutral)
 
 
+def _resolve_chat_template(tokenizer: Any, chat_template: Any = None, tools: Any = None, *, model_config: Any) -> Any:
+    """Call `resolve_chat_template`. vLLM's function also has its model's config, which decides nothing here."""
+    return resolve_chat_template(tokenizer, chat_template, tools)
+
+
 # The names of each module. The packages above them have no names but these modules.
 MODULES: dict[str, dict[str, Any]] = {
     "vllm": {
@@ -69,7 +74,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "vllm.inputs": {"TextPrompt": nanovllm.TextPrompt, "TokensPrompt": nanovllm.TokensPrompt},
     "vllm.logprobs": {"Logprob": nanovllm.Logprob},
     "vllm.outputs": {"CompletionOutput": nanovllm.CompletionOutput, "RequestOutput": nanovllm.RequestOutput},
-    "vllm.renderers.hf": {"resolve_chat_template": resolve_chat_template},
+    "vllm.renderers.hf": {"resolve_chat_template": _resolve_chat_template},
     "vllm.sampling_params": {
         "RequestOutputKind": nanovllm.RequestOutputKind,
         "SamplingParams": nanovllm.SamplingParams,

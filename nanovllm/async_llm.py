@@ -27,7 +27,7 @@ from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, copy_params
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
 logger = logging.getLogger("nanovllm")
@@ -255,7 +255,7 @@ class AsyncLLM:
         """
         check_call(neutral, NEUTRAL_ASYNC)
         chosen_id = self._check(prompt, sampling_params, request_id)
-        return self._outputs(prompt, own(sampling_params), chosen_id)
+        return self._outputs(prompt, copy_params(sampling_params), chosen_id)
 
     async def check_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Raise what `generate` would raise for this request before its first output, without generating anything."""
@@ -291,7 +291,7 @@ class AsyncLLM:
         consumer = _Consumer(receive)
         self._reserve(chosen_id, consumer)
         try:
-            await self._start(prompt, own(sampling_params), chosen_id, consumer)
+            await self._start(prompt, copy_params(sampling_params), chosen_id, consumer)
         except BaseException:
             self._end(chosen_id, consumer)
             raise

@@ -59,7 +59,7 @@ def is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
-def in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+def check_in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     """Raise ValueError unless all `token_ids` are in the vocabulary."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:

@@ -1,4 +1,4 @@
-"""Tells errors of libraries from exceptions of signal handlers, which may come anywhere and are for the caller.
+"""Separates errors of libraries from exceptions that a signal handler has raised, which belong to the caller.
 
 Programs stop a slow call with an alarm whose handler raises, often a TimeoutError, which is an OSError too.
 """

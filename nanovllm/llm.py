@@ -18,7 +18,7 @@ from nanovllm.engine.step_stats import StepStats
 from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.outputs import Metric, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
-from nanovllm.sampling_params import SamplingParams, own
+from nanovllm.sampling_params import SamplingParams, copy_params
 from nanovllm.vllm_engine import VllmEngine
 from nanovllm.vllm_options import NEUTRAL_CALL, check_call
 
@@ -438,10 +438,10 @@ class LLM:
 def pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
     """Return each prompt with its parameters, which may be one for all."""
     if isinstance(params, SamplingParams | None):
-        params = own(params)
+        params = copy_params(params)
         return [(prompt, params) for prompt in prompts]
     if not is_list(params):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(params)}")
     if length(params) != length(prompts):
         raise ValueError(f"sampling_params has {length(params)} entries for {length(prompts)} prompts")
-    return list(zip(prompts, map(own, params), strict=True))
+    return list(zip(prompts, map(copy_params, params), strict=True))

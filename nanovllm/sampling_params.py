@@ -300,6 +300,6 @@ def _assign(params: SamplingParams, changes: dict[str, Any]) -> None:
 SamplingParams.__setattr__ = lambda self, name, value: _assign(self, {name: value})
 
 
-def own(params: Any) -> Any:
+def copy_params(params: Any) -> Any:
     """Return a copy of parameters that their caller may change while a request runs. Anything else stays as it is."""
     return params.clone() if isinstance(params, SamplingParams) else params

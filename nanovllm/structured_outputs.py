@@ -26,12 +26,12 @@ class StructuredOutputsParams:
         json: a JSON schema, as a dict or as text. In a `pattern`, classes, `\\d`, `\\w` and `\\s` mean what they do in
             JavaScript; a dot matches all but a newline. A class that excludes a quotation mark or a backslash excludes
             U+0000 as well. Keywords of JSON Schema that llguidance does not follow, and formats that it does not know,
-            are refused. So are `minProperties` above 1 + the number of required names, because a repeated name would
-            count, and such a class in `patternProperties` without `additionalProperties: false`. Other words mean
-            nothing in JSON Schema and are ignored, also misspelled keywords; so are `uniqueItems: false`, formats of
-            numbers, `password` and `binary`. An integer in the schema has at most 64 bits. Where an object may have
-            properties that the schema neither names nor has a pattern for, a name spelled with an escape, as `\\u0061`
-            for `a`, counts as one of these.
+            are refused. Also refused are `minProperties` above 1 + the number of required names (a repeated name would
+            count as another property), and `patternProperties` whose pattern has a class that excludes a quotation
+            mark or a backslash, unless `additionalProperties` is false. Unknown keywords are ignored, as JSON Schema
+            says, even misspelled ones; so are `uniqueItems: false`, formats of numbers, `password` and `binary`. An
+            integer in the schema has at most 64 bits. Where an object may have properties that the schema neither names
+            nor has a pattern for, a name spelled with an escape, as `\\u0061` for `a`, counts as one of these.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts, each of 1 to 1024 characters.

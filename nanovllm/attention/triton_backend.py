@@ -34,7 +34,7 @@ class TritonBackend(AttentionBackend):
     def prepare(self, ctx: Context) -> None:
         """Plan both contexts of a step, unless one kernel attends without a plan.
 
-        The last layer's plan is also made now: a kernel for it would separate the layers' kernels, which overlap.
+        The last layer's plan is also made now: a kernel between the layers would break their overlap.
         """
         if not self._fuses(ctx):
             super().prepare(ctx)

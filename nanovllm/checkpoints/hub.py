@@ -47,7 +47,7 @@ def download(
 
 @contextmanager
 def explaining_missing_files(name: str, revision: str | None) -> Iterator[None]:
-    """Say of a hub model's files that are not in the cache whether the hub has them, or could not be reached."""
+    """If the cache lacks a file, raise an error that lists the hub's files, or says that the hub cannot be reached."""
     try:
         yield
     except MissingFileError as error:

@@ -56,7 +56,7 @@ class ModelSource:
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def is_quantized(self) -> bool:
+    def has_quantized_gguf(self) -> bool:
         """Whether the weights are those of a GGUF file with quantized matrices."""
         if self.path is None or not self.path.is_file():
             return False

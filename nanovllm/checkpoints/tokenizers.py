@@ -37,7 +37,8 @@ def get_tokenizer(
     Raises:
         ValueError: there is no such tokenizer, or an argument cannot be served.
     """
-    translate({"tokenizer_mode": tokenizer_mode, "trust_remote_code": trust_remote_code})  # refuses what would act
+    # Raises for values that would have an effect.
+    translate({"tokenizer_mode": tokenizer_mode, "trust_remote_code": trust_remote_code})
     return load_tokenizer(find_tokenizer(name, revision, download_dir), **options)
 
 

@@ -17,7 +17,7 @@ from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
 _MAX_TEMPLATE_CHARS = 1 << 20
 # Bounds the values and keys in messages and tools for each token of max_model_len. Templates make at least a token of
 # each value, so a conversation that fits has far fewer.
-_MAX_TOKEN_VALUES = 16
+_MAX_VALUES_PER_TOKEN = 16
 
 
 class ChatRenderer:
@@ -127,7 +127,7 @@ class ChatRenderer:
             elif isinstance(value, dict):
                 todo += value.keys()
                 todo += value.values()
-            if num_values > _MAX_TOKEN_VALUES * self.codec.max_model_len:  # or the data contains itself
+            if num_values > _MAX_VALUES_PER_TOKEN * self.codec.max_model_len:  # or the data contains itself
                 raise self.codec.too_long(f"messages and tools have more than {num_values - 1} values")
         self.codec.check_chars("messages", num_chars)
         self.codec.check_text("messages", "".join(texts))

@@ -48,7 +48,7 @@ class ChatTemplate:
         """Raise TypeError for a variable that the template does not read, which would have no effect."""
         from transformers import PreTrainedTokenizerBase
 
-        # Arguments of transformers' function do not reach the template, but for documents.
+        # transformers' function uses its arguments itself; only `documents` reaches the template.
         parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
         settable = self.variables - parameters - {"messages"}
         for name in variables:
@@ -123,7 +123,7 @@ class ChatTemplate:
 
 
 def resolve_chat_template(
-    tokenizer: Any, chat_template: str | None = None, tools: list[dict] | None = None, *, model_config: Any = None
+    tokenizer: Any, chat_template: str | None = None, tools: list[dict] | None = None
 ) -> str | None:
     """Return the text of the template that `LLM.chat` renders, or None without one.
 
@@ -131,7 +131,6 @@ def resolve_chat_template(
         tokenizer: the model's transformers tokenizer, which has its templates.
         chat_template: Jinja text, or the name of one of the tokenizer's templates, to use instead of its own.
         tools: the tools of the conversation, for which a tokenizer may have another template.
-        model_config: not needed. vLLM's function has it.
     """
     if chat_template is None and not tokenizer.chat_template:
         return None
@@ -156,8 +155,8 @@ def _short_id(call_id: str) -> str:
 def _parse_arguments(text: str) -> dict:
     """Return a call's arguments as an object.
 
-    A model may write what is not a JSON object. Then the conversation goes on with an error as the call's result, and
-    the model must see what it wrote. The key is the one that Anthropic's documentation gives for this.
+    If they are not a JSON object, return their text under a key, so that the model sees its mistake: the key that
+    Anthropic's documentation gives for this.
     """
     try:
         arguments = json.loads(text)

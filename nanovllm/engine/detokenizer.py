@@ -1,4 +1,4 @@
-"""Turns tokens into text one by one, without half characters and parts of stop strings. No torch here."""
+"""Turns tokens into text one by one. Holds back parts of characters and of stop strings. No torch here."""
 
 import codecs
 import re

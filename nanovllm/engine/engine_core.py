@@ -113,7 +113,10 @@ class EngineCore:
         self._add_output(request, request.take_output(self.weight_version))
 
     def has_unfinished(self) -> bool:
-        """Return whether a request, a step or an output is left, other than the outputs of iterators."""
+        """Return whether a request is unfinished, a step is in flight, or an output waits for `step`.
+
+        Outputs that wait for iterators do not count.
+        """
         return bool(self.requests or self.in_flight) or any(not request.has_consumer for request in self.outputs)
 
     def is_unfinished(self, request: Request) -> bool:

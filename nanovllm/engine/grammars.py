@@ -23,7 +23,7 @@ class GrammarFilter:
     Args:
         matcher: the grammar, and how far the output has come in it.
         vocab_size: the model's vocabulary size.
-        never_ids: tokens that are only sampled where nothing else can follow.
+        last_resort_ids: tokens that are only sampled where nothing else can follow.
         stop_ids: tokens that the sampler does not sample as one of the first `min_tokens`.
 
     Attributes:
@@ -36,13 +36,13 @@ class GrammarFilter:
         self,
         matcher: "LLMatcher",
         vocab_size: int,
-        never_ids: Collection[int] = (),
+        last_resort_ids: Collection[int] = (),
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
     ):
         self.matcher = matcher
         self.vocab_size = vocab_size
-        self.never_ids = never_ids
+        self.last_resort_ids = last_resort_ids
         self.stop_ids = stop_ids
         self.min_tokens_left = min_tokens
         self.is_blocked = False
@@ -50,7 +50,11 @@ class GrammarFilter:
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
         return GrammarFilter(
-            self.matcher.deep_copy(), self.vocab_size, self.never_ids, self.stop_ids, min_tokens=self.min_tokens_left
+            self.matcher.deep_copy(),
+            self.vocab_size,
+            self.last_resort_ids,
+            self.stop_ids,
+            min_tokens=self.min_tokens_left,
         )
 
     @property
@@ -71,8 +75,8 @@ class GrammarFilter:
         mask = np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
         if self.min_tokens_left > 0:
             self.is_blocked = not without(mask, self.stop_ids).any()
-        if self.never_ids:
-            others = without(mask, self.never_ids)
+        if self.last_resort_ids:
+            others = without(mask, self.last_resort_ids)
             return others if others.any() else mask
         return mask
 
@@ -115,7 +119,7 @@ class Grammars:
 
     def filter(
         self,
-        never_ids: Collection[int] = (),
+        last_resort_ids: Collection[int] = (),
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
         max_seconds: float | None = None,
@@ -124,7 +128,7 @@ class Grammars:
         """Compile a structured output.
 
         Args:
-            never_ids, stop_ids, min_tokens: see `GrammarFilter`.
+            last_resort_ids, stop_ids, min_tokens: see `GrammarFilter`.
             max_seconds: CPU time, in place of what the child may always take.
             structured: fields of `StructuredOutputsParams`.
 
@@ -134,7 +138,7 @@ class Grammars:
         """
         grammar = self._pool.ask(structured, max_seconds)["grammar"]
         compiled = on_deep_stack(STACK_BYTES, compile_grammar, self._tokenizer, grammar)
-        return GrammarFilter(compiled, self.vocab_size, never_ids, stop_ids, min_tokens)
+        return GrammarFilter(compiled, self.vocab_size, last_resort_ids, stop_ids, min_tokens)
 
     def close(self) -> None:
         """End the child processes. May be called again."""

@@ -1,4 +1,4 @@
-"""Guards the state of an engine: whether it can be used now, by which thread, and that each change of it is atomic."""
+"""Guards the state of an engine: who may use it now, and that each change is atomic."""
 
 import atexit
 import copy

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanovllm.checkpoints.model_source import ModelSource
-from nanovllm.checks import in_vocabulary, is_list, length, shown
+from nanovllm.checks import check_in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.chat_renderer import ChatRenderer
 from nanovllm.engine.grammars import GrammarFilter, Grammars
@@ -98,7 +98,7 @@ class InputProcessor:
         if self.codec.has_tokenizer:
             _ = self.codec.backend  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(parts)
-        stop_ids, max_output_len = self._limits(len(token_ids), params)
+        stop_ids, max_output_len = self._end_conditions(len(token_ids), params)
         token_filter = self._make_filter(params, stop_ids, max_grammar_seconds)
         # The first mask is computed here, and not in a step.
         mask = token_filter.compute_mask() if token_filter and token_filter.depends_on_output else None
@@ -133,7 +133,7 @@ class InputProcessor:
         """Check a request as far as no text must be tokenized and no token mask made. Raise as `process` does."""
         parts, params = self._resolve(prompt, params)
         if parts.token_ids is not None:
-            self._limits(len(self._prompt_ids(parts)), params)
+            self._end_conditions(len(self._prompt_ids(parts)), params)
 
     def _resolve(self, prompt: Any, params: Any) -> tuple[PromptParts, SamplingParams]:
         """Check a request as far as its length does not matter. Return its prompt's parts and its whole parameters."""
@@ -144,13 +144,13 @@ class InputProcessor:
         if parts.cache_salt is not None:
             params = _with_salt(params, parts.cache_salt)
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            in_vocabulary(name, getattr(params, name) or (), self.vocab_size)
+            check_in_vocabulary(name, getattr(params, name) or (), self.vocab_size)
         if params.stop and not self.codec.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
         return parts, params
 
-    def _limits(self, num_prompt: int, params: SamplingParams) -> tuple[frozenset[int], int]:
-        """Return what ends the request: its stop ids, and how many tokens fit after the prompt.
+    def _end_conditions(self, num_prompt: int, params: SamplingParams) -> tuple[frozenset[int], int]:
+        """Return the request's stop ids, and how many tokens fit after the prompt.
 
         Raises:
             ValueError: the request does not fit.
@@ -236,7 +236,7 @@ class InputProcessor:
             if self._closed:  # `close` may not have seen them
                 grammars.close()
             return grammars.filter(
-                never_ids=self.codec.end_ids if params.ignore_eos else (),
+                last_resort_ids=self.codec.end_ids if params.ignore_eos else (),
                 stop_ids=stop_ids,
                 min_tokens=params.min_tokens,
                 max_seconds=max_grammar_seconds,

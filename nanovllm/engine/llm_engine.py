@@ -31,7 +31,7 @@ from nanovllm.executor.start import start_executor
 from nanovllm.inputs import Prompt
 from nanovllm.messages import Batch
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, copy_params
 
 logger = logging.getLogger("nanovllm")
 
@@ -82,7 +82,7 @@ class LLMEngine:
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.max_model_len = min(runner.max_model_len, num_kv_tokens)
         configured = self.config.max_model_len
-        # The default is lowered without a warning, because nobody asked for it.
+        # No warning for the default's value: nobody may have asked for it.
         if configured > runner.max_model_len and configured != Config().max_model_len:
             message = "max_model_len is %d in place of %d: the model knows no more positions"
             logger.warning(message, runner.max_model_len, configured)
@@ -113,9 +113,9 @@ class LLMEngine:
         return self.take_outputs(requests)
 
     def take_outputs(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
-        """Return the outputs of `requests`, or all but those of iterators, without a step.
+        """Return the waiting outputs of `requests`; with None, those of all requests that no iterator reads.
 
-        After an interrupt none has been taken.
+        No step runs. After an interrupt, nothing has been taken.
         """
         core = self.core
         all_outputs = core.outputs
@@ -198,7 +198,7 @@ class LLMEngine:
         """Check a request and prepare it on the host. Nothing is queued yet."""
         with self._section():
             self._check_addable(request_id)
-        return self.input_processor.process(prompt, own(sampling_params), request_id, stream)
+        return self.input_processor.process(prompt, copy_params(sampling_params), request_id, stream)
 
     def queue(self, request: Request) -> str:
         """Queue a request that was prepared. Return its id."""
@@ -244,7 +244,7 @@ class LLMEngine:
         if self.abandoned and not self.guard.in_section:
             # RuntimeError: another thread uses the engine, and the end of its section ends the requests.
             with suppress(RuntimeError), self._section():
-                pass  # the end of this section calls `_end_abandoned`
+                self._end_abandoned()
 
     def abandon_with_consumer(self, request: Request, consumer: Any) -> None:
         """Abandon a request as soon as its consumer has been garbage-collected."""

@@ -128,7 +128,7 @@ class Snapshots:
             placement.new_snapshot = None
 
     def drop(self, block_id: int) -> None:
-        """Free the snapshot of a block that leaves the prefix index."""
+        """Free the snapshot of a block, if it has one."""
         slot = self.slot_of.pop(block_id, None)
         if slot is not None:
             self.free_slots.append(slot)

@@ -71,7 +71,7 @@ class StepTimer:
         self.phase_start = time.perf_counter()
 
     def run(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return the result of `call`, which is a phase. It starts where the phase before it ended."""
+        """Call `call`, record its time as a phase, and return its result. A phase starts when the one before ends."""
         result = call(*args, **kwargs)
         now = time.perf_counter()
         self.phases.append(Phase(name, self.phase_start, now))

@@ -5,7 +5,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.checkpoints.model_source import ModelSource
-from nanovllm.checks import in_vocabulary, is_list, length, shown
+from nanovllm.checks import check_in_vocabulary, is_list, length, shown
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.library_errors import refusing_panics
 from nanovllm.utils.loaded_once import loaded_once
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 # Bounds the characters of a token: no vocabulary has a longer one. A text with more characters than this for each token
 # of max_model_len is refused before it is tokenized.
-_MAX_TOKEN_CHARS = 1024
+_MAX_CHARS_PER_TOKEN = 1024
 # Few texts have more characters a token. Those that do are tokenized in pieces first, to refuse them early if they are
 # too long.
-_USUAL_TOKEN_CHARS = 8
+_USUAL_CHARS_PER_TOKEN = 8
 _PIECE_CHARS = 1 << 16
 
 
@@ -45,7 +45,7 @@ class TextCodec:
     @property
     def max_chars(self) -> int:
         """No text that fits has more characters."""
-        return _MAX_TOKEN_CHARS * self.max_model_len
+        return _MAX_CHARS_PER_TOKEN * self.max_model_len
 
     @loaded_once
     def tokenizer(self):
@@ -94,7 +94,7 @@ class TextCodec:
                 text.encode()
             except UnicodeEncodeError as error:
                 at = error.start
-                message = f"the text has half a character, {text[at]!r} at {at}, which no tokenizer can read"
+                message = f"the text has a lone surrogate, {text[at]!r} at index {at}, which no tokenizer can read"
                 raise ValueError(message) from None
         with refusing_panics("the text cannot be tokenized"):
             # A batch, because only that releases the GIL.
@@ -131,15 +131,15 @@ class TextCodec:
         if set(map(type, token_ids)) != {int}:
             for token_id in token_ids:
                 if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-                    raise TypeError(f"{name} must be text or a list of int token ids, got an id {shown(token_id)}")
+                    raise TypeError(f"each id of {name} must be an integer, got {shown(token_id)}")
             token_ids = list(map(int, token_ids))
-        in_vocabulary(name, token_ids, self.vocab_size)
+        check_in_vocabulary(name, token_ids, self.vocab_size)
         return token_ids
 
     def check_text(self, name: str, text: str) -> None:
         """Refuse a text of far too many tokens before all of it is tokenized, which would take long."""
         self.check_chars(name, len(text))
-        if len(text) <= _USUAL_TOKEN_CHARS * self.max_model_len:
+        if len(text) <= _USUAL_CHARS_PER_TOKEN * self.max_model_len:
             return
         num_tokens = 0
         for start in range(0, len(text), _PIECE_CHARS):

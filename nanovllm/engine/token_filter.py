@@ -93,12 +93,12 @@ class TokenFilter:
         return self.usual_mask if self.is_blocked else _pack_bits(allowed)
 
 
-# Texts that a word may follow; one of them must not merge with it into a token.
+# Texts to tokenize a word after. After at least one of them, the word's first token should stay separate.
 _ANCHORS = ("=", "a", "1", "\n")
 
 
 def _spellings(words: Iterable[str], encode_all: Callable[[list[str]], list[list[int]]]) -> set[tuple[int, ...]]:
-    """Return the token ids of bad words, as they are and, unless they start with white space themselves, after a space.
+    """Return the token ids of each bad word as it is written, and after a space unless it starts with white space.
 
     A tokenizer may put a space before each text that it encodes, and an output does not start a text. So the ids are
     those that a word adds to another text, the anchor.

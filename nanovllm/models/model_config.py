@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from nanovllm.arithmetic import is_power_of_2
-from nanovllm.checks import in_vocabulary, shown
+from nanovllm.checks import check_in_vocabulary, shown
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
@@ -187,7 +187,7 @@ class ModelConfig:
     def __post_init__(self):
         check_model_type(self.model_type)
         check_options(self)
-        in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
+        check_in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
         if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:

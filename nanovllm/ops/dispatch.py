@@ -1,8 +1,9 @@
 """The choices that depend on a step's number of tokens, as one table.
 
-They are the GEMM kernel of linear layers, the operation that adds its output to the residual stream, and the sizes of
-the CUDA graphs and of the kernels to compile. Other choices are next to their kernels: the all-reduce depends on bytes
-(`ops/comm`), and sharing prefixes depends on their lengths (`ops/attention/shared_prefix.py`).
+They are the GEMM kernel of linear layers, the operation that adds its output to the residual stream, the sizes of the
+CUDA graphs of mixed steps, and for how many tokens kernels are compiled. Other choices are next to their kernels: the
+all-reduce depends on bytes (`ops/comm`), and sharing prefixes depends on their lengths
+(`ops/attention/shared_prefix.py`).
 
 This module imports no kernel, so that kernels, layers, graphs and warm-up can read it.
 """
@@ -51,8 +52,8 @@ class Regime(NamedTuple):
 
     Attributes:
         max_tokens: upper bound, included. A step of decode rows has a token for each row.
-        kernel: computes qkv_proj, gate_up_proj, o_proj, down_proj and lm_head.
-        fp8_kernel: computes those of them that have FP8 weights.
+        kernel: computes linear layers.
+        fp8_kernel: computes those that have FP8 weights.
         adder, ranks_adder: add the output of o_proj and down_proj to the residual stream, on one rank and on several.
         one_kernel_attention: one kernel does QK-norm, RoPE, KV store and attention, if the step has decode rows only.
         captured: numbers of tokens of the CUDA graphs for mixed steps.
@@ -93,7 +94,7 @@ TABLE = (
 _BOUNDS = [regime.max_tokens for regime in TABLE]
 
 # Ranks allocate memory for ALL_REDUCE_GEMV with up to this many tokens.
-MAX_GEMV_TOKENS = max(regime.max_tokens for regime in TABLE if regime.kernel is Kernel.GEMV)
+MAX_GEMV_TOKENS = max(regime.max_tokens for regime in TABLE if regime.ranks_adder is Adder.ALL_REDUCE_GEMV)
 MAX_CAPTURED_TOKENS = max(size for regime in TABLE for size in regime.captured)
 # For several tokens, GEMV multiplies at most this many values, tokens times weights. Its arithmetic for more takes
 # longer than reading the weights, and GEMM is faster. docs/benchmarks.md has the figures.

@@ -29,7 +29,7 @@ from nanovllm.output_stream import OutputStream, call_soon, keep_newest, merge_d
 from nanovllm.progress import GenerationBar
 from nanovllm.ray.actor import ReplicaActor, pack
 from nanovllm.ray.request import Replica, Request
-from nanovllm.sampling_params import own
+from nanovllm.sampling_params import copy_params
 
 logger = logging.getLogger("nanovllm")
 
@@ -132,7 +132,7 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """Answer one prompt step by step; see `AsyncLLM.generate`. Leaving the iteration ends the request."""
-        return self._stream(prompt, own(sampling_params))
+        return self._stream(prompt, copy_params(sampling_params))
 
     async def _stream(self, prompt: Prompt, sampling_params: SamplingParams | None) -> AsyncIterator[RequestOutput]:
         kind = getattr(sampling_params, "output_kind", None) or RequestOutputKind.DELTA

@@ -33,7 +33,7 @@ def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
 
 class Staging:
-    """Two pinned host buffers for asynchronous copies to the device.
+    """Two host buffers, pinned for a GPU, for asynchronous copies to the device.
 
     Each step uses one of them. It is used again two steps later, when the first step has been collected and its copies
     are therefore done.
@@ -42,8 +42,8 @@ class Staging:
     def __init__(self, num_bytes: int, device: torch.device):
         self.buffers = [host_buffer(num_bytes, torch.uint8, device) for _ in range(2)]
         self.device = device
-        self.index = 0  # of the buffer that the current step uses
-        self.used = 0  # bytes of it
+        self.index = 0  # which buffer the current step uses
+        self.used = 0  # how many bytes of it are taken
 
     def next_step(self) -> None:
         """Switch to the other buffer, whose copies are done."""
@@ -99,7 +99,7 @@ class BatchState:
         bytes_per_row += vocab_size // 8  # a mask, one bit for each token
         bytes_per_row += 64  # slot, start and offset in StepRows; slots and indices of what else is sent
         bytes_per_token = 8  # row and token id in StepRows
-        # Index (int64) and id (int32) of a new block. The rest is for cached blocks, which use no token budget.
+        # A new block needs 12 bytes: index (int64) and id (int32). The rest is for cached blocks, which use no budget.
         bytes_per_token += 32 / self.block_size
         num_bytes = bytes_per_token * config.max_num_batched_tokens + bytes_per_row * num_slots
         self.staging = Staging(int(num_bytes) + 1, device)

@@ -239,7 +239,7 @@ def plan_state_rows(
 ) -> dict[type, StateRows]:
     """Return the rows of a step for layers of these classes, which have recurrent state.
 
-    Padding rows without tokens may have any start.
+    The start of a padding row without tokens is arbitrary; nothing reads it.
 
     Args:
         num_decode: number of rows that certainly have one token.

@@ -127,7 +127,7 @@ class ModelRunner:
                 max_position=self.max_model_len,
             )
         self._log_dequantized(source)
-        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.has_quantized_gguf:
             self.model.compress()  # a quantized GGUF file's weights, to 4 or 8 bits while they load
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
@@ -293,7 +293,7 @@ class ModelRunner:
     def _measure_state_bytes(self) -> int:
         """Return the bytes that `StatePool.divide` may use.
 
-        The scratch block and a configured number of KV blocks are already subtracted.
+        On a GPU, the scratch block and a configured number of KV blocks are already subtracted.
         """
         if self.device.type == "cpu":
             return CPU_CACHE_BYTES

@@ -19,9 +19,9 @@ from nanovllm.server.call_grammars import (
 from nanovllm.server.parsers.json_calls import HermesParser, Llama3Parser, MistralParser
 from nanovllm.server.parsers.output_parser import OutputParser
 from nanovllm.server.parsers.qwen3_coder import Qwen3CoderParser
+from nanovllm.server.parsers.thinking import ThinkingParser
 from nanovllm.server.schemas import ToolSchemas
 from nanovllm.server.tag_grammar import Qwen3CoderGrammar
-from nanovllm.server.thinking import ThinkingParser
 
 PARSERS: dict[str, type[OutputParser]] = {
     "none": OutputParser,

@@ -1,6 +1,6 @@
 # pyright: reportPossiblyUnboundVariable=false
 # Names in the kernel are bound under the same compile-time conditions under which they are read.
-"""GEMM for small batches (5 to 64 tokens), bound by reading the weight: fuses activation and residual add.
+"""GEMM for small batches (up to 64 tokens), bound by reading the weight: fuses activation and residual add.
 
 A tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper's tensor cores need. A program
 prefetches the first columns of its weight rows before it waits for the kernel that computes x (programmatic dependent
@@ -23,7 +23,8 @@ from nanovllm.ops.triton_utils import (
     wait_for_inputs,
 )
 
-MAX_TILES = GEMM_MAX_OUTPUTS // 64  # of a result whose K is split
+# Tiles of a result whose K is split.
+MAX_TILES = GEMM_MAX_OUTPUTS // 64
 
 
 class GemmConfig(NamedTuple):

@@ -49,7 +49,10 @@ def linear_add(
     residual: torch.Tensor,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute residual [T, N] += x W^T + b in place; on a GPU the GEMM itself adds."""
+    """Compute residual [T, N] += x W^T + b in place.
+
+    The GEMM itself adds if it can: not on a CPU, and not with a bias if the library computes it.
+    """
     if is_gemv(x, weight):
         return gemv_triton(x, weight, bias, residual=residual)
     if is_gemm(x, weight):

@@ -8,7 +8,7 @@ import regex
 
 from nanovllm.server.json_text import read_json
 from nanovllm.server.parsers.json_object import JsonObject
-from nanovllm.server.parsers.output_parser import MAX_HELD_CHARS, NEVER, SPACE, Found, OutputParser, Wait
+from nanovllm.server.parsers.output_parser import MAX_HELD_CHARS, NEVER, SPACE, OutputParser, Reader
 
 _NAME = regex.compile(
     rf'\{{{SPACE}"name"{SPACE}:{SPACE}"([^"\\]{{1,128}})"{SPACE},'
@@ -30,10 +30,10 @@ class JsonCallParser(OutputParser):
     opening = closing = regex.compile("")
     limit = NEVER
 
-    def _call(self) -> Found:
+    def _call(self) -> Reader[bool]:
         return (yield from self._json_call(self.opening))
 
-    def _json_call(self, opening: regex.Pattern) -> Found:
+    def _json_call(self, opening: regex.Pattern) -> Reader[bool]:
         """Read the object of a call, and what stands around it. Stay if it is no call of a known function."""
         head = yield from self._match(regex.compile(opening.pattern + _NAME.pattern))
         if not head:
@@ -49,7 +49,7 @@ class JsonCallParser(OutputParser):
         yield from self._end_call()
         return True
 
-    def _read_arguments(self) -> Found:
+    def _read_arguments(self) -> Reader[bool]:
         """Pass an object on as the arguments of the newest call. Return whether it is complete."""
         json_object = JsonObject()
         yield from self._read_object(json_object, self._emit_arguments)
@@ -57,7 +57,7 @@ class JsonCallParser(OutputParser):
             yield from self._emit_until(self.limit, self._emit_arguments)
         return json_object.is_complete
 
-    def _read_object(self, json_object: JsonObject, emit: Callable[[str], None]) -> Wait:
+    def _read_object(self, json_object: JsonObject, emit: Callable[[str], None]) -> Reader[None]:
         """Read an object up to its end, or to what cannot belong to an object."""
         while True:
             piece, self._position = json_object.read(self._text, self._position)
@@ -66,7 +66,7 @@ class JsonCallParser(OutputParser):
                 return
             yield
 
-    def _buffered_call(self, opening: regex.Pattern) -> Found:
+    def _buffered_call(self, opening: regex.Pattern) -> Reader[bool]:
         """Read the object of a call whose keys have another order, or whose arguments are text or missing.
 
         Its parts can be told apart at its end only, so nothing is emitted before.
@@ -74,6 +74,7 @@ class JsonCallParser(OutputParser):
         if not (yield from self._match(regex.compile(opening.pattern + _FIRST_KEY.pattern))):
             return False
         before = opening.match(self._text, self._position)
+        # Both count from `_position`, because `feed` moves the text.
         start = size = before.end() - self._position if before else 0
         json_object = JsonObject()
         pieces = []
@@ -130,7 +131,7 @@ class Llama3Parser(JsonCallParser):
     call_start = regex.compile(r"<\|python_tag\|>")
     opening = regex.compile(rf"[\s;,]{{0,64}}(?:<\|python_tag\|>)?{SPACE}")
 
-    def _respond(self) -> Wait:
+    def _respond(self) -> Reader[None]:
         while (yield from self._call()):
             pass
         yield from super()._respond()
@@ -147,7 +148,7 @@ class MistralParser(JsonCallParser):
         rf"\[TOOL_CALLS\]{SPACE}([\w.-]{{1,128}})(?:\[CALL_ID\]\w{{1,64}})?(?:\[ARGS\])?{SPACE}(?=\{{)"
     )
 
-    def _call(self) -> Found:
+    def _call(self) -> Reader[bool]:
         named = yield from self._match(self.named)
         if named:
             if named[1] not in self.tools:

@@ -8,6 +8,7 @@ Patterns match a limited number of characters, so that little text is held back 
 """
 
 from collections.abc import Callable, Generator
+from typing import TypeAlias, TypeVar
 
 import regex
 
@@ -15,9 +16,9 @@ from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Tex
 from nanovllm.server.json_text import read_json
 from nanovllm.server.schemas import ToolSchemas
 
-# A part of a parser yields when it waits for more text. A `Found` returns whether it has found what it looks for.
-Found = Generator[None, None, bool]
-Wait = Generator[None, None, None]
+T = TypeVar("T")
+# A part of a parser, which returns a T. A yield asks for more text.
+Reader: TypeAlias = Generator[None, None, T]
 
 NEVER = regex.compile("(?!)")
 SPACE = r"\s{0,64}"
@@ -42,22 +43,21 @@ class OutputParser:
         # Line breaks are held back, and belong to the call if one follows.
         self._num_newlines = 0
         self._num_calls = 0
-        # The call that is being read, as the model wrote it: its earlier pieces, of which there is at least one, and
-        # the index in `_text` where the rest of it starts. `CallEnd.written` is made of them.
-        self._raw: list[str] = []
-        self._raw_start = 0
+        # The open call as the model wrote it, for `CallEnd.written`: its earlier pieces, and where the rest of it starts
+        # in `_text`. None if no call is open.
+        self._written: list[str] | None = None
+        self._written_start = 0
         self._arguments: list[str] = []
         self._is_finished = False
         self._events: list[Event] = []
         self._run = self._parse()
-        next(self._run)
 
     def feed(self, text: str) -> list[Event]:
         """Return the events of the next piece of the text, as far as they are certain."""
-        if self._raw:
-            self._raw.append(self._text[self._raw_start : self._position])
+        if self._written is not None:
+            self._written.append(self._text[self._written_start : self._position])
         self._text = self._text[self._position :] + text
-        self._position = self._raw_start = 0
+        self._position = self._written_start = 0
         return self._resume()
 
     def finish(self) -> list[Event]:
@@ -70,41 +70,41 @@ class OutputParser:
         events, self._events = self._events, []
         return joined(events)
 
-    def _parse(self) -> Wait:
-        """Read text and calls to the end."""
-        yield
+    def _parse(self) -> Reader[None]:
+        """Read the whole output."""
         yield from self._respond()
 
-    def _respond(self) -> Wait:
+    def _respond(self) -> Reader[None]:
+        """Read text and calls to the end."""
         while (yield from self._emit_until(self.call_start, self._emit_text)):
             if not (yield from self._call()):
                 self._emit_text(self._text[self._position])
                 self._position += 1
         self._emit_newlines()
 
-    def _call(self) -> Found:
+    def _call(self) -> Reader[bool]:
         """Read the calls that follow. Return False, and stay, if what follows is no call of a known function."""
         yield from ()  # makes this a generator, as in subclasses
         return False
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _match(self, pattern: regex.Pattern) -> Generator[None, None, regex.Match | None]:
-        """Match the text that follows, once more text cannot change the result. Do not go past it."""
+    def _match(self, pattern: regex.Pattern) -> Reader[regex.Match | None]:
+        """Wait until more text cannot change the result, and return the match at this place, or None. Do not move."""
         while True:
             found = pattern.match(self._text, self._position, partial=not self._is_finished)
             if found is None or not found.partial:
                 return found
             yield
 
-    def _skip(self, pattern: regex.Pattern) -> Found:
+    def _skip(self, pattern: regex.Pattern) -> Reader[bool]:
         """Go past the text that follows if it matches."""
         found = yield from self._match(pattern)
         if found:
             self._position = found.end()
         return found is not None
 
-    def _skip_newlines(self) -> Wait:
+    def _skip_newlines(self) -> Reader[None]:
         while True:
             kept = self._text[self._position :].lstrip("\n")
             self._position = len(self._text) - len(kept)
@@ -112,7 +112,7 @@ class OutputParser:
                 return
             yield
 
-    def _emit_until(self, tags: regex.Pattern, emit: Callable[[str], None]) -> Found:
+    def _emit_until(self, tags: regex.Pattern, emit: Callable[[str], None]) -> Reader[bool]:
         """Emit the text up to what matches `tags`. Return False if the text ended before."""
         while True:
             found = tags.search(self._text, self._position, partial=not self._is_finished)
@@ -145,8 +145,8 @@ class OutputParser:
         """Start a call whose arguments start at the index `arguments_start`."""
         self._events.append(CallStart(self._num_calls, name))
         self._num_calls += 1
-        self._raw = ["\n" * self._num_newlines]
-        self._raw_start = self._position
+        self._written = ["\n" * self._num_newlines]
+        self._written_start = self._position
         self._arguments = []
         self._num_newlines = 0
         self._position = arguments_start
@@ -157,12 +157,13 @@ class OutputParser:
             self._arguments.append(text)
             self._events.append(CallArguments(self._num_calls - 1, text))
 
-    def _end_call(self) -> Wait:
+    def _end_call(self) -> Reader[None]:
         """End the newest call with the line breaks that follow it."""
         yield from self._skip_newlines()
-        written = "".join(self._raw) + self._text[self._raw_start : self._position]
+        written = "".join(self._written or ()) + self._text[self._written_start : self._position]
         self._events.append(CallEnd(self._num_calls - 1, _is_object("".join(self._arguments)), written))
-        self._raw, self._arguments = [], []
+        self._written = None
+        self._arguments = []
 
 
 def _is_object(text: str) -> bool:

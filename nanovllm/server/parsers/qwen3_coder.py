@@ -4,7 +4,7 @@ import json
 
 import regex
 
-from nanovllm.server.parsers.output_parser import SPACE, Found, OutputParser, Wait
+from nanovllm.server.parsers.output_parser import SPACE, OutputParser, Reader
 from nanovllm.server.schemas import as_json
 
 
@@ -25,7 +25,7 @@ class Qwen3CoderParser(OutputParser):
     end_function = regex.compile(rf"{SPACE}</function>")
     end_call = regex.compile(rf"{SPACE}</tool_call>")
 
-    def _call(self) -> Found:
+    def _call(self) -> Reader[bool]:
         head = yield from self._match(self.function)
         if not head or head[1] not in self.tools:
             return False
@@ -40,7 +40,7 @@ class Qwen3CoderParser(OutputParser):
         yield from self._end_call()
         return True
 
-    def _parameters(self, name: str) -> Wait:
+    def _parameters(self, name: str) -> Reader[None]:
         self._emit_arguments("{")
         separator = ""
         while parameter := (yield from self._match(self.parameter)):
@@ -54,13 +54,13 @@ class Qwen3CoderParser(OutputParser):
             else:
                 yield from self._json_value(types)
 
-    def _text_value(self) -> Wait:
+    def _text_value(self) -> Reader[None]:
         self._emit_arguments('"')
         if (yield from self._emit_until(self.end_parameter, lambda text: self._emit_arguments(_json(text)[1:-1]))):
             yield from self._skip(self.end_parameter)
             self._emit_arguments('"')
 
-    def _json_value(self, types: set[str]) -> Wait:
+    def _json_value(self, types: set[str]) -> Reader[None]:
         pieces: list[str] = []
         is_complete = yield from self._emit_until(self.end_parameter, pieces.append)
         text = "".join(pieces)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
-from nanovllm.server.parsers.output_parser import MAX_HELD_CHARS, OutputParser, Wait
+from nanovllm.server.parsers.output_parser import MAX_HELD_CHARS, OutputParser, Reader
 from nanovllm.server.schemas import ToolSchemas
 
 _THINK = regex.compile(r"\n{0,16}<think>")
@@ -34,8 +34,7 @@ class ThinkingParser(OutputParser):
         self._calls: list[CallStart | CallArguments | CallEnd] = []
         super().__init__(tools)
 
-    def _parse(self) -> Wait:
-        yield
+    def _parse(self) -> Reader[None]:
         if self._is_open or (yield from self._skip(_THINK)):
             yield from self._skip_newlines()
             if (yield from self._emit_until(_END_THINK, self._hold_thinking)):
@@ -84,7 +83,7 @@ class ThinkingParser(OutputParser):
             self._events.append(Thinking(self._held[:num_chars]))
         self._held = self._held[num_chars:]
 
-    def _respond(self) -> Wait:
+    def _respond(self) -> Reader[None]:
         parser = self._parser_class(self.tools)
         while True:
             self._events += parser.feed(self._text[self._position :])
