@@ -43,8 +43,8 @@ class OutputParser:
         # Line breaks are held back, and belong to the call if one follows.
         self._num_newlines = 0
         self._num_calls = 0
-        # The open call as the model wrote it, for `CallEnd.written`: its earlier pieces, and where the rest of it starts
-        # in `_text`. None if no call is open.
+        # The open call as the model wrote it, for `CallEnd.written`: its earlier pieces (None if no call is open), and
+        # where the rest of it starts in `_text`.
         self._written: list[str] | None = None
         self._written_start = 0
         self._arguments: list[str] = []
