@@ -123,20 +123,20 @@ class BlockManager:
             found.append((block_id, parent_uid))
         return [block_id for block_id, _ in found]
 
-    def share(self, seq: Sequence, placement: Placement, found: list[int]) -> None:
-        """Start an empty `placement` of `seq` with the blocks that `find_prefix` found."""
+    def share(self, seq: Sequence, placement: Placement, shared: list[int]) -> None:
+        """Start an empty `placement` of `seq` with cached blocks that other sequences may use, too."""
         seq.found_prefix = []
-        for block_id in found:
+        for block_id in shared:
             block = self.blocks[block_id]
             if block.ref_count == 0:
                 del self.free_block_ids[block_id]
             block.ref_count += 1
-        placement.block_table.extend(found)
-        placement.num_registered = len(found)
-        placement.num_computed = len(found) * self.block_size
+        placement.block_table.extend(shared)
+        placement.num_registered = len(shared)
+        placement.num_computed = len(shared) * self.block_size
         placement.prefix_hash, placement.prefix_uid = _empty_prefix(seq)
-        if found:
-            last = self.blocks[found[-1]]
+        if shared:
+            last = self.blocks[shared[-1]]
             placement.prefix_hash, placement.prefix_uid = last.hash, last.uid
 
     def register(self, seq: Sequence, placement: Placement) -> None:

@@ -247,8 +247,8 @@ class Scheduler:
             if self.snapshots and snapshot in self.snapshots.saving:
                 num_deferred += 1
                 continue
-            num_cached = len(shared) * self.block_manager.block_size
-            num_new = min(seq.num_tokens - num_cached, budget)
+            num_shared = len(shared) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_shared, budget)
             # It gets the blocks of all its tokens now. If it started with those of its first chunk, a later chunk could
             # lack some, and the sequence would be preempted and start again, over and over. One free block stays in
             # reserve for each running sequence. Without it the next decode step could preempt the new sequence.
@@ -257,7 +257,7 @@ class Scheduler:
             placement = self._start(seq, shared)
             builder.add_admission(seq, placement)
             if self.snapshots:
-                self.snapshots.start(placement, cached, num_cached, seq.num_tokens)
+                self.snapshots.start(placement, cached, num_shared, seq.num_tokens)
                 num_new = self.snapshots.limit(placement, num_new)
                 if snapshot is not None:
                     builder.batch.state_loads.append((snapshot, placement.slot))

@@ -58,22 +58,22 @@ class Snapshots:
                 return block_ids[:i], slot
         return [], None
 
-    def start(self, placement: Placement, found: list[int], num_cached: int, num_tokens: int) -> None:
+    def start(self, placement: Placement, cached: list[int], num_shared: int, num_tokens: int) -> None:
         """Plan the snapshots of a new sequence.
 
         Args:
-            found: ids of the cached blocks that hold its first tokens.
-            num_cached: how many of its tokens come before the snapshot from which it starts.
+            cached: ids of the cached blocks that hold its first tokens.
+            num_shared: how many of these tokens come before the snapshot from which it starts.
             num_tokens: how many of its tokens are known.
         """
-        if num_cached:
-            block_id = found[num_cached // self.block_size - 1]
+        if num_shared:
+            block_id = cached[num_shared // self.block_size - 1]
             self.slot_of.move_to_end(block_id)
             self.replaceable.discard(block_id)
-        placement.last_snapshot = num_cached
-        last = num_cached
+        placement.last_snapshot = num_shared
+        last = num_shared
         # One token is left to compute: a prompt that is equal to this one cannot use its last block in full.
-        for position in (len(found) * self.block_size, (num_tokens - 1) // self.block_size * self.block_size):
+        for position in (len(cached) * self.block_size, (num_tokens - 1) // self.block_size * self.block_size):
             if position - last >= self.min_tokens:
                 placement.planned_snapshots.append(position)
                 last = position
