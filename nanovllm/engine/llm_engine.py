@@ -118,17 +118,20 @@ class LLMEngine:
         No step runs. After an interrupt, nothing has been taken.
         """
         core = self.core
-        all_outputs = core.outputs
+        before = None
         try:
-            if requests is None:
-                # Iterators take their outputs themselves.
-                taken = {request: output for request, output in all_outputs.items() if not request.has_consumer}
-            else:
-                taken = {request: output for request, output in all_outputs.items() if request in requests}
-            core.outputs = {request: all_outputs[request] for request in all_outputs if request not in taken}
-            return list(taken.values())
+            with Section(self.guard):
+                before = core.outputs
+                if requests is None:
+                    # Iterators take their outputs themselves.
+                    taken = {request: output for request, output in before.items() if not request.has_consumer}
+                else:
+                    taken = {request: output for request, output in before.items() if request in requests}
+                core.outputs = {request: output for request, output in before.items() if request not in taken}
+                return list(taken.values())
         except BaseException:
-            core.outputs = all_outputs
+            if before is not None:
+                core.outputs = before
             raise
 
     def has_unfinished(self) -> bool:

@@ -121,6 +121,11 @@ class ReplicaActor(AsyncLLM):
         self.llm_engine.core.weight_version = version
         return own_fingerprint
 
+    async def has_failed(self) -> bool:
+        """Whether the engine has failed. One that could not be made has not."""
+        engine = getattr(self, "llm_engine", None)
+        return engine is not None and (engine.guard.closed or engine.guard.error is not None)
+
     async def lacks_weights(self) -> bool:
         """Whether an update has failed, so that the weights may be partly overwritten."""
         return self.llm_engine.guard.update_failed

@@ -92,7 +92,7 @@ class Replicas(AbstractContextManager["Replicas"]):
             raise TypeError(f"actor_options must be a dict or None, got {shown(actor_options)}")
         self._actor_options = defaults | (actor_options or {})
         self._actor_class: Any = ray.remote(ReplicaActor).options(**self._actor_options)
-        self._node_id = ray.get_runtime_context().get_node_id()
+        self._ray_ids = _ray_ids()
         self._seeds = random.Random(options.get("seed") or 0)
         # Only the loop's thread uses these.
         self._version = 0  # of the weights
@@ -318,7 +318,7 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def _is_same_ray(self) -> bool:
         """Whether the Ray in which the replicas were made still runs."""
-        return ray.is_initialized() and ray.get_runtime_context().get_node_id() == self._node_id
+        return ray.is_initialized() and _ray_ids() == self._ray_ids
 
     def _error(self) -> RuntimeError | None:
         """Return an error that says why no replica can answer any more. A call of Ray would start it again."""
@@ -349,15 +349,26 @@ class Replicas(AbstractContextManager["Replicas"]):
         return results
 
     async def _on_each(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of all actors. Return the results, or errors, of those that are not lost meanwhile."""
+        """Call a method of all actors. Return the results, or errors, of those that are not lost meanwhile.
+
+        One whose engine has failed is lost, too: no request may come that would find it.
+        """
+
+        async def has_failed(replica: Replica) -> bool:
+            try:
+                return await replica.actor.has_failed.remote()
+            except RayError:
+                return True
 
         async def call(replica: Replica) -> Any:
             try:
                 return await getattr(replica.actor, method).remote(*arguments)
             except RayTaskError as error:
-                raise error.cause from None
+                if not await has_failed(replica):
+                    raise error.cause from None
             except RayError:
-                self._drop(replica)
+                pass
+            self._drop(replica)
 
         calls = map(call, self._replicas)
         results = [] if self._error() else await asyncio.gather(*calls, return_exceptions=True)
@@ -466,6 +477,12 @@ class Replicas(AbstractContextManager["Replicas"]):
 def _absolute(path: Any) -> Any:
     """Return a path as actors find it, whose working folder is another. A hub id is no path."""
     return str(Path(path).absolute()) if isinstance(path, str | Path) and path and Path(path).exists() else path
+
+
+def _ray_ids() -> tuple[str, str]:
+    """Return ids that change when this process connects to Ray again: to the same cluster, or to another."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
 
 
 @cache

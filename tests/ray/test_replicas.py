@@ -310,7 +310,7 @@ def test_requests_end_when_ray_is_shut_down(cluster, model, monkeypatch):
     with ThreadPoolExecutor(1) as threads, monkeypatch.context() as patch:
         waiting = threads.submit(replicas.generate, ["x"] * 3, greedy(400), use_tqdm=False)
         assert wait_until(lambda: replicas.metrics().num_running)
-        patch.setattr(replicas, "_node_id", "another")  # as after ray.shutdown() and ray.init()
+        patch.setattr(replicas, "_ray_ids", ("another", "job"))  # as after ray.shutdown() and ray.init()
         patch.setattr(ray, "kill", lambda actor: (_ for _ in ()).throw(ValueError("an actor of another Ray")))
         with pytest.raises(RuntimeError, match="Ray has been shut down"):
             waiting.result(SOON)
@@ -340,7 +340,7 @@ def test_lost_replica_does_not_start_ray_again_after_its_shutdown(cluster, model
 
 def test_replicas_belong_to_the_ray_in_which_they_were_made(cluster, model, monkeypatch):
     with make_replicas(model, 1) as replicas:
-        monkeypatch.setattr(replicas, "_node_id", "another")  # as after ray.shutdown() and ray.init()
+        monkeypatch.setattr(replicas, "_ray_ids", ("another", "job"))  # as after ray.shutdown() and ray.init()
         with pytest.raises(RuntimeError, match="Ray has been shut down"):
             replicas.generate("x")
 
@@ -614,6 +614,23 @@ def test_a_sleep_that_fails_in_one_replica_is_undone_by_wake_up(replicas, one):
         replicas.generate("x", greedy(5), use_tqdm=False)
     replicas.wake_up()
     want = samples(one.generate("x", greedy(5), use_tqdm=False))
+    assert samples(replicas.generate(["x"] * 8, greedy(5), use_tqdm=False)) == want * 8
+
+
+@pytest.mark.parametrize("call", ["sleep", "wake_up", "update_weights"])
+def test_a_replica_whose_engine_has_failed_is_replaced_by_the_next_call(replicas, one, model, call):
+    assert all_run(replicas, 2)
+    want = samples(one.generate("x", greedy(5), use_tqdm=False))
+    if call == "wake_up":
+        replicas.sleep(1)
+    failed = replicas._replicas[0]
+    ray.get(failed.actor.__ray_call__.remote(lambda actor: actor.llm_engine.close()))
+    if call == "update_weights":
+        assert replicas.update_weights(model) > 0
+    elif call == "sleep":
+        replicas.sleep(1)
+    replicas.wake_up()
+    assert wait_until(lambda: failed not in replicas._replicas and len(replicas._replicas) == 2)
     assert samples(replicas.generate(["x"] * 8, greedy(5), use_tqdm=False)) == want * 8
 
 
