@@ -105,7 +105,7 @@ class ServerModel:
         name: the model's name in the API; None takes the first one that the server lists.
 
     Raises:
-        RuntimeError: the server cannot be reached, or lists no model.
+        RuntimeError: the server cannot be reached, or lists no model; or the environment names an impossible proxy.
     """
 
     def __init__(self, url: str, api_key: str | None, name: str | None):
@@ -115,7 +115,10 @@ class ServerModel:
         # An answer may take as long as it needs.
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         self.url = base_url(url)
-        self.client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        try:
+            self.client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        except (httpx.InvalidURL, ImportError, ValueError) as error:
+            raise RuntimeError(f"the environment's proxy variables cannot be used: {error}") from error
         self.http_error = httpx.HTTPError
         self.name = name or self._first_name()
 
