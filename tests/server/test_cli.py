@@ -631,7 +631,7 @@ def test_a_server_without_models_ends_the_chat_with_one_line(status, content, me
 def test_proxy_variables_that_no_client_can_use_are_an_error_in_one_line(capsys, monkeypatch):
     monkeypatch.setenv("no_proxy", "localhost,[::1]")
     assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
-    assert capsys.readouterr().err.startswith("Error: the environment's proxy variables cannot be used: ")
+    assert capsys.readouterr().err.startswith("nanovllm: the environment's proxy variables cannot be used: ")
 
 
 def test_options_of_an_engine_are_refused_with_a_url(capsys):
