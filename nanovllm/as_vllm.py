@@ -54,8 +54,10 @@ class AsyncLLM(nanovllm.AsyncLLM):
         return super().generate(prompt, sampling_params, request_id, **neutral)
 
 
-def _resolve_chat_template(tokenizer: Any, chat_template: Any = None, tools: Any = None, *, model_config: Any) -> Any:
-    """Call `resolve_chat_template`. vLLM's function also has its model's config, which decides nothing here."""
+def _resolve_chat_template(
+    tokenizer: Any, chat_template: Any = None, tools: Any = None, *, model_config: Any = None
+) -> str | None:
+    """Call `resolve_chat_template`. vLLM's function also has the model's config, which decides nothing here."""
     return resolve_chat_template(tokenizer, chat_template, tools)
 
 

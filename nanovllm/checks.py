@@ -12,7 +12,7 @@ N = TypeVar("N", int, float)
 
 # A lower bound that excludes 0 itself.
 ABOVE_0 = math.ulp(0.0)
-MAX_STRING_CHARS = 1024
+_MAX_STRING_CHARS = 1024
 _MAX_SHOWN_CHARS = 200
 # Shows a few entries of a list, and the start and the end of a long text, without making the whole repr.
 _reprs = reprlib.Repr()
@@ -118,8 +118,8 @@ def string_list(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"{name} must be a list of strings, got the entry {shown(string)}")
-        if not 0 < len(string) <= MAX_STRING_CHARS:
-            raise ValueError(f"{name} must have strings of 1 to {MAX_STRING_CHARS} characters, got {shown(string)}")
+        if not 0 < len(string) <= _MAX_STRING_CHARS:
+            raise ValueError(f"{name} must have strings of 1 to {_MAX_STRING_CHARS} characters, got {shown(string)}")
     return tuple(map(plain, strings))
 
 

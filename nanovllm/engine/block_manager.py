@@ -124,7 +124,7 @@ class BlockManager:
         return [block_id for block_id, _ in found]
 
     def share(self, seq: Sequence, placement: Placement, shared: list[int]) -> None:
-        """Start an empty `placement` of `seq` with cached blocks that other sequences may use, too."""
+        """Start an empty `placement` of `seq` with these cached blocks."""
         seq.found_prefix = []
         for block_id in shared:
             block = self.blocks[block_id]

@@ -351,7 +351,7 @@ class Replicas(AbstractContextManager["Replicas"]):
     async def _on_each(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all actors. Return the results, or errors, of those that are not lost meanwhile.
 
-        One whose engine has failed is lost, too: no request may come that would find it.
+        A replica whose engine has failed counts as lost. Without requests, nothing else notices it.
         """
 
         async def has_failed(replica: Replica) -> bool:
@@ -397,10 +397,10 @@ class Replicas(AbstractContextManager["Replicas"]):
     async def _update(self, source: list[Any]) -> int:
         while True:
             async with self._change():
-                if await self._updates(source):
+                if await self._try_update(source):
                     return self._version
 
-    async def _updates(self, source: list[Any]) -> bool:
+    async def _try_update(self, source: list[Any]) -> bool:
         """Update the weights of all replicas. Return False if all are lost meanwhile, so that none has checked them."""
         version = self._version + 1
         results = await self._on_each("update", version, None, *source)
@@ -417,7 +417,7 @@ class Replicas(AbstractContextManager["Replicas"]):
                 await self._on_all("refuse", reason)
             raise errors[0]
         self._version = version
-        fingerprint = results[0]
+        fingerprint = results[0]  # all are equal
         self._weights_call = "update", (version, fingerprint, *source)
         self._next_update.set()
         return True

@@ -145,8 +145,9 @@ def _api_error(request: Request, error: Exception) -> ApiError:
 def _named_field(message: str, path: str) -> str | None:
     """Return the field of a request that the first word of a message names, or None."""
     name = re.split(r"[ :\[]", message.removeprefix("each id of ").removeprefix("each bias of "), maxsplit=1)[0]
-    is_sent = message.startswith(f"{name} is not supported")  # else the engine's word for something
-    if name in ("prompt", "messages", "tokens") and not is_sent:
+    # These are the engine's words for the prompt, unless the request has an unsupported field of that name.
+    is_field = message.startswith(f"{name} is not supported")
+    if name in ("prompt", "messages", "tokens") and not is_field:
         return _PROMPT_FIELDS.get(path, name)
     if name == "text":  # what it calls a text to tokenize
         return "prompt"

@@ -46,6 +46,18 @@ def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
     """)
 
 
+def test_chat_templates_are_found_with_and_without_vllms_argument_for_the_model():
+    run("""
+        import nanovllm.as_vllm
+        from types import SimpleNamespace
+        from vllm.renderers.hf import resolve_chat_template
+
+        tokenizer = SimpleNamespace(chat_template="own", get_chat_template=lambda given, tools: given or "own")
+        assert resolve_chat_template(tokenizer) == "own"
+        assert resolve_chat_template(tokenizer, "other", None, model_config=None) == "other"
+    """)
+
+
 def test_what_is_not_here_is_refused_by_name():
     run("""
         import nanovllm.as_vllm

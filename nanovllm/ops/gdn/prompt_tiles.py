@@ -1,4 +1,4 @@
-"""What the kernels of Gated DeltaNet of prompt rows share; see prompt.py."""
+"""Settings and intermediate tensors of the prompt kernels of Gated DeltaNet; see prompt.py."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class GdnPromptConfig(NamedTuple):
 
     Attributes:
         convolution_warps, chunk_warps: warps per program of the first two kernels.
-        slices: parts of the value dimensions in the recurrence, each of at least 16.
+        slices: parts into which the recurrence splits the value dimensions. A part has at least 16.
         num_stages: pipeline stages of the recurrence.
         merge_precision: of the matmuls that build the inverse; see tl.dot.
     """
@@ -25,7 +25,7 @@ class GdnPromptConfig(NamedTuple):
 
 
 class ChunkTiles(NamedTuple):
-    """What the first two kernels compute of N chunks for the third.
+    """Output of the first two kernels and input of the third: tiles of N chunks.
 
     Args:
         q, k: [N, HK, CHUNK, DK], normalized, q scaled.
