@@ -156,9 +156,7 @@ def _end_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Return the ids of the tokens that end a text: those that the file names, and those with one of _END_TEXTS."""
     keys = [f"tokenizer.ggml.{key}_token_id" for key in _END_KEYS]
     named = [file.number(key) for key in keys if key in file.metadata]
-    tokens = file.get("tokenizer.ggml.tokens", [])
-    if not isinstance(tokens, list) or not all(isinstance(text, str) for text in tokens):
-        raise ValueError(f"{file.path} must have a list of texts as its metadata tokenizer.ggml.tokens")
+    tokens = file.texts("tokenizer.ggml.tokens")
     by_text = [token_id for token_id, text in enumerate(tokens) if text in _END_TEXTS]
     return known_ids(list(dict.fromkeys([*named, *by_text])), vocab_size)
 

@@ -2,6 +2,9 @@
 
 import math
 import struct
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +45,7 @@ class GgufTensor:
 class GgufFile:
     """A memory-mapped GGUF file.
 
-    `get` and `number` read its metadata; "{arch}" in a key stands for the architecture.
+    `get`, `number`, `integer`, `flag` and `texts` read its metadata; "{arch}" in a key stands for the architecture.
 
     Raises:
         ValueError: the file breaks the format, or a count or an offset points outside the file.
@@ -54,6 +57,7 @@ class GgufFile:
         with refusing(f"{path} is not a GGUF file that can be read", OSError, ValueError, struct.error, RecursionError):
             self.data = np.memmap(path, mode="r").data
             self.offset = 0
+            self.fields: dict[str, memoryview] = {}  # the bytes of each key with its value
             self.metadata, self.tensors = self._parse()
         arch = self.get("general.architecture")
         if arch is None:
@@ -73,10 +77,12 @@ class GgufFile:
         num_tensors, num_fields = self._unpack("<QQ")
         metadata: dict[str, Any] = {}
         for _ in range(num_fields):  # a wrong count ends at the end of the file: each field takes some bytes
+            start = self.offset
             key = self._text()
             if key in metadata:
                 raise ValueError(f"it has the metadata {shown(key)} twice")
             metadata[key] = self._value(self._integer("<I"))
+            self.fields[key] = self.data[start : self.offset]
         infos = [self._tensor_info() for _ in range(num_tensors)]
         return metadata, self._locate(infos, metadata.get("general.alignment", 32))
 
@@ -161,6 +167,40 @@ class GgufFile:
             key = key.format(arch=self.arch)
             raise ValueError(f"{self.path} must have a number as its metadata {key}, got {shown(value)}")
         return value
+
+    def integer(self, key: str) -> int:
+        """Return the metadata. Raise ValueError if it is not an integer."""
+        value = self.get(key)
+        if type(value) is not int:
+            raise ValueError(f"{self.path} must have an integer as its metadata {key}, got {shown(value)}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return the metadata, or `default` if it is missing. Raise ValueError if it is neither true nor false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.path} must have true or false as its metadata {key}, got {shown(value)}")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """Return the metadata, [] if it is missing. Raise ValueError if it is not a list of texts."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{self.path} must have a list of texts as its metadata {key}, got {shown(value)}")
+        return value
+
+    @contextmanager
+    def metadata_file(self, without: Collection[str]) -> Iterator[Path]:
+        """Make a temporary GGUF file with this one's metadata but for some keys, and without tensors.
+
+        It has no name in a folder, so that a killed process leaves no file.
+        """
+        fields = [field for key, field in self.fields.items() if key not in without]
+        with tempfile.TemporaryFile() as file:
+            file.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, len(fields)))
+            file.writelines(fields)
+            file.flush()
+            yield Path(f"/dev/fd/{file.fileno()}")
 
     def floats(self, name: str, expert: int | None = None) -> np.ndarray:
         """Return the tensor, or its part of one expert, dequantized to float32."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Types of tokens that a text may have whole: control tokens are special, user-defined ones are not.
 _CONTROL = 3
 _USER_DEFINED = 4
+_SPECIAL_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown", "padding"))
 # For these pre-tokenizers llama.cpp adds BOS by default, and looks up whole words before it merges.
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 # Pre-tokenizers that split text like those of Llama 3, Qwen, GPT-4o or Tekken. transformers knows these names.
@@ -38,7 +40,7 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
         options: of transformers' tokenizers, instead of the file's.
 
     Raises:
-        ValueError: transformers is too old to read such tokenizers right.
+        ValueError: transformers is too old to read such tokenizers right, or metadata has a wrong type or length.
     """
     import transformers
     from transformers import PreTrainedTokenizerFast
@@ -48,14 +50,18 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
             f"transformers must be 5.18 or later for tokenizers of GGUF files, got {transformers.__version__}"
         )
     file = GgufFile(path)
+    _check_types(file)
     is_bpe = file.get("tokenizer.ggml.model") == "gpt2"
     split = file.get("tokenizer.ggml.pre", "default")
     if is_bpe:
         _check_split(path, split)
     whole_words = is_bpe and split in _WHOLE_WORDS
-    # `from_pretrained` would also read the tokenizer files in the folder.
-    tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
-    if state := _corrected_state(tokenizer, file):
+    unknown = _unknown_specials(file)
+    with file.metadata_file(without=unknown) if unknown else nullcontext(path) as source:
+        # `from_pretrained` would also read the tokenizer files in the folder.
+        tokenizer = PreTrainedTokenizerFast(name_or_path=str(source.parent), gguf_file=source.name, **options)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path.parent)
+    if state := _corrected_state(tokenizer, file, unknown):
         backend = Tokenizer.from_str(json.dumps(state))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.init_kwargs)
     backend = tokenizer.backend_tokenizer
@@ -65,7 +71,7 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     for name, default in (("add_bos_token", whole_words or not is_bpe), ("add_eos_token", False)):
         flag = options.get(name)
         if flag is None:
-            flag = file.get(f"tokenizer.ggml.{name}", default)
+            flag = file.flag(f"tokenizer.ggml.{name}", default)
         setattr(tokenizer, name, flag)
     if is_bpe and split in _DIGIT_SPLITS:
         digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
@@ -73,22 +79,22 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if not is_bpe:
         # Like llama.cpp and SentencePiece: the space comes before each part of the text that starts it or follows a
         # special token, also if that part has one already. Metaspace of tokenizers leaves it out there.
-        prefix = [] if file.get("tokenizer.ggml.add_space_prefix", True) is False else [normalizers.Prepend("▁")]
+        prefix = [normalizers.Prepend("▁")] if file.flag("tokenizer.ggml.add_space_prefix", True) else []
         backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
     return tokenizer
 
 
-def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: GgufFile) -> dict[str, Any] | None:
+def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: GgufFile, unknown: set[str]) -> dict[str, Any] | None:
     """Return a tokenizer's state with exactly the file's control and user-defined tokens. Return None if it has them.
 
     transformers leaves out tokens whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek. It adds
     tokens that the model does not have: one for the text of such a BOS, and GPT-2's `<|endoftext|>`.
     """
-    texts = file.get("tokenizer.ggml.tokens")
-    specials = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")]
-    is_special = {i: True for i in specials if i in range(len(texts))}  # for each added token, by its id
-    for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])[: len(texts)]):
+    texts = file.texts("tokenizer.ggml.tokens")
+    # For each added token, by its id.
+    is_special = {file.get(key): True for key in _SPECIAL_KEYS if key in file.metadata and key not in unknown}
+    for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])):
         if kind in (_CONTROL, _USER_DEFINED):
             is_special[i] = kind == _CONTROL
     found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
@@ -108,6 +114,33 @@ def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: GgufFile) -> di
     state["added_tokens"] = [added[i] for i in sorted(added)]
     state["post_processor"] = None  # it has the wrong id of BOS; PreTrainedTokenizerFast makes it again
     return state
+
+
+def _check_types(file: GgufFile) -> None:
+    """Raise ValueError if metadata of the tokenizer has a wrong type, or a list not one entry for each token."""
+    num_tokens = len(file.texts("tokenizer.ggml.tokens"))
+    file.texts("tokenizer.ggml.merges")
+    for key, kinds in (("tokenizer.ggml.token_type", (int,)), ("tokenizer.ggml.scores", (int, float))):
+        values = file.get(key, [0] * num_tokens)
+        if not isinstance(values, list) or len(values) != num_tokens or any(type(v) not in kinds for v in values):
+            raise ValueError(f"{file.path} must have {num_tokens} numbers as its metadata {key}, got {shown(values)}")
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        file.flag(f"tokenizer.ggml.{name}", False)
+    if not isinstance(template := file.get("tokenizer.chat_template", ""), str):
+        raise ValueError(f"{file.path} must have text as its metadata tokenizer.chat_template, got {shown(template)}")
+
+
+def _unknown_specials(file: GgufFile) -> set[str]:
+    """Return the keys of special tokens that the vocabulary does not have. Warn of them, as llama.cpp does.
+
+    Converters write -1 for a token that a model lacks, which becomes 4294967295 in files.
+    """
+    num_tokens = len(file.texts("tokenizer.ggml.tokens"))
+    ids = {key: file.integer(key) for key in _SPECIAL_KEYS if key in file.metadata}
+    unknown = {key for key, token_id in ids.items() if not 0 <= token_id < num_tokens}
+    for key in sorted(unknown):
+        logger.warning("Ignoring %s=%s of %s: ids go from 0 to %d", key, file.get(key), file.path, num_tokens - 1)
+    return unknown
 
 
 def _check_split(path: Path, split: Any) -> None:

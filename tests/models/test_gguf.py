@@ -82,7 +82,8 @@ def add_metadata(writer, metadata):
         list: writer.add_array,
     }
     for key, value in metadata.items():
-        methods[type(value)](key, value)
+        method = writer.add_int32 if type(value) is int and value < 0 else methods[type(value)]
+        method(key, value)
 
 
 def add_weights(writer, model, arch, quantize, without):
@@ -562,12 +563,37 @@ def test_space_before_a_sentencepiece_text_is_as_the_file_says(tmp_path, adds_sp
         ({"tokenizer__ggml__eos_token_id": [1, 2]}, "tokenizer.ggml.eos_token_id"),
         ({"tokenizer__ggml__eot_token_id": "a" * 1_000_000}, "tokenizer.ggml.eot_token_id"),
         ({"tokenizer__ggml__tokens": 7}, "tokenizer.ggml.tokens"),
+        ({"tokenizer__ggml__bos_token_id": "1"}, "tokenizer.ggml.bos_token_id"),
+        ({"tokenizer__ggml__bos_token_id": 2.5}, "tokenizer.ggml.bos_token_id"),
+        ({"tokenizer__ggml__merges": "h e"}, "tokenizer.ggml.merges"),
+        ({"tokenizer__ggml__merges": [1, 2]}, "tokenizer.ggml.merges"),
+        ({"tokenizer__ggml__token_type": [3]}, "tokenizer.ggml.token_type"),
+        ({"tokenizer__ggml__token_type": [1.5] * len(WORDS)}, "tokenizer.ggml.token_type"),
+        ({"tokenizer__ggml__token_type": 1}, "tokenizer.ggml.token_type"),
+        ({"tokenizer__ggml__scores": [1.0]}, "tokenizer.ggml.scores"),
+        ({"tokenizer__ggml__add_bos_token": 1}, "tokenizer.ggml.add_bos_token"),
+        ({"tokenizer__ggml__add_eos_token": "yes"}, "tokenizer.ggml.add_eos_token"),
+        ({"tokenizer__ggml__add_space_prefix": 1}, "tokenizer.ggml.add_space_prefix"),
+        ({"tokenizer__chat_template": 7}, "tokenizer.chat_template"),
     ],
 )
 def test_tokenizer_metadata_of_a_wrong_type_is_refused_by_name(tmp_path, metadata, key):
     with pytest.raises(ValueError, match=key) as caught:
-        open_model(write_words(tmp_path / "tiny.gguf", **metadata))
+        open_model(write_words(tmp_path / "tiny.gguf", **metadata)).tokenizer()
     assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("unknown_id", [-1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("name", ["bos", "eos", "unknown", "padding"])
+def test_special_token_that_the_vocabulary_lacks_is_ignored_with_a_warning(tmp_path, name, unknown_id, caplog):
+    key = f"tokenizer.ggml.{name}_token_id"
+    path = write_words(tmp_path / "tiny.gguf", **{key.replace(".", "__"): unknown_id})
+    tokenizer = open_model(path).tokenizer()
+    assert f"Ignoring {key}={unknown_id} of {path}: ids go from 0 to {len(WORDS) - 1}" in caplog.text
+    ids = tokenizer.encode("hello<|im_end|>")
+    assert ids == [*([] if name == "bos" else [BEGIN]), WORDS.index("hello"), IM_END]
+    assert tokenizer.get_vocab() == {word: i for i, word in enumerate(WORDS)}
+    assert Path(tokenizer.name_or_path) == tmp_path
 
 
 @pytest.mark.parametrize(
