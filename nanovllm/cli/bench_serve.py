@@ -11,7 +11,7 @@ from random import Random
 
 from nanovllm.checks import ABOVE_0, check_fields, within
 from nanovllm.cli.bench_report import GOALS, Run, summary, table
-from nanovllm.cli.http_stream import Answer, Server
+from nanovllm.cli.http_stream import Answer, Server, public_url
 from nanovllm.progress import ProgressBar
 from nanovllm.utils.open_files import allow_open_files
 
@@ -25,7 +25,7 @@ class BenchOptions:
     """The arguments of `nanovllm bench serve`.
 
     Args:
-        url: the server's address.
+        url: the server's address. The environment's proxy variables are not used.
         api_key: sent to the server as a Bearer token.
         model: the model's name in the API; None asks the server for its first one.
         num_prompts: number of requests.
@@ -103,6 +103,7 @@ def bench_serve(options: BenchOptions) -> int:
     print(table(figures))
     if options.json is not None:
         shown = {name: getattr(options, name) for name in BenchOptions.__slots__ if name not in ("api_key", "json")}
+        shown["url"] = public_url(options.url)
         shown["request_rate"] = None if math.isinf(options.request_rate) else options.request_rate
         Path(options.json).write_text(json.dumps({"options": shown, **figures}, indent=2) + "\n")
     return 0 if figures["completed"] else 1
@@ -136,6 +137,7 @@ class _Load:
     def __init__(self, options: BenchOptions):
         self.options = options
         self.server = Server(options.url, options.api_key)
+        self.url = public_url(options.url)
         self.limit = asyncio.Semaphore(options.max_concurrency or options.num_prompts)
         self.late: list[float] = []
 
@@ -183,20 +185,20 @@ class _Load:
     async def _first_model(self) -> str:
         answer = await self.server.send(self.server.request("GET", "/v1/models"))
         if answer.error is not None:
-            raise RuntimeError(f"{self.options.url} does not list its models: {answer.error}")
+            raise RuntimeError(f"{self.url} does not list its models: {answer.error}")
         models = answer.json().get("data")
         names = [model.get("id") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
         if not names or not isinstance(names[0], str):
-            raise RuntimeError(f"{self.options.url} lists no models; give --model")
+            raise RuntimeError(f"{self.url} lists no models; give --model")
         return names[0]
 
     async def _try(self, model: str) -> None:
         """Send one short request, so that a refusal is reported once and before the run."""
         answer = await self.server.send(self._completion(model, [1] * self.options.input_len[0], 2, "bench-first"))
         if answer.error is not None:
-            raise RuntimeError(f"{self.options.url} refused the first request: {answer.error}")
+            raise RuntimeError(f"{self.url} refused the first request: {answer.error}")
         if not answer.num_tokens:
-            raise RuntimeError(f"{self.options.url} does not count the tokens of its streams (stream_options)")
+            raise RuntimeError(f"{self.url} does not count the tokens of its streams (stream_options)")
 
     def _completion(self, model: str, prompt: list[int], num_tokens: int, request_id: str) -> bytes:
         body = {

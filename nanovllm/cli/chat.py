@@ -71,7 +71,7 @@ class ChatOptions:
         if self.api_key is not None:
             if self.url is None:
                 raise ValueError("api_key needs a url: only a server asks for one")
-            check_key(self.api_key)
+            check_key(self.api_key, self.url)
 
 
 def chat(options: ChatOptions, config_options: dict[str, Any]) -> int:

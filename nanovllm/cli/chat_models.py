@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from nanovllm import LLM
 from nanovllm.checks import shown
-from nanovllm.cli.http_stream import base_url, count_tokens, message_of
+from nanovllm.cli.http_stream import base_url, count_tokens, message_of, public_url
 from nanovllm.server.events import Event, Text, Thinking
 from nanovllm.server.text_format import TextFormat
 
@@ -114,9 +116,9 @@ class ServerModel:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # An answer may take as long as it needs.
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        self.url = base_url(url)
+        self.url = public_url(base_url(url))
         try:
-            self.client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+            self.client = httpx.Client(base_url=base_url(url), headers=headers, timeout=timeout)
         except (httpx.InvalidURL, ImportError, ValueError) as error:
             raise RuntimeError(f"the environment's proxy variables cannot be used: {error}") from error
         self.http_error = httpx.HTTPError
@@ -126,7 +128,7 @@ class ServerModel:
         try:
             response = self.client.get("/v1/models")
         except self.http_error as error:
-            raise RuntimeError(f"cannot reach {self.url}: {error}") from error
+            raise RuntimeError(f"cannot reach {self.url}{_by_proxy(self.url)}: {error}") from error
         if response.status_code != 200:
             raise RuntimeError(
                 f"{self.url} answered with status {response.status_code}: {message_of(response.content)}"
@@ -160,6 +162,16 @@ class ServerModel:
 
     def __exit__(self, *exception: object) -> None:
         self.client.close()
+
+
+def _by_proxy(url: str) -> str:
+    """Return words for the proxy that the environment names for a URL, without its password; "" if there is none."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return ""
+    return f" through the environment's proxy {public_url(proxy):.100}"
 
 
 def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:

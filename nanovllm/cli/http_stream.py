@@ -5,13 +5,14 @@ the figures show the client instead of the server. This one takes a fifth: it re
 """
 
 import asyncio
+import base64
 import json
 import os
 import ssl
 import time
 from array import array
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 _MAX_MESSAGE_CHARS = 500
 _MAX_HEAD_BYTES = 1 << 16
@@ -37,10 +38,18 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def check_key(api_key: str) -> str:
-    """Return an API key. Raise ValueError if it cannot be sent in a header."""
+def public_url(url: str) -> str:
+    """Return a URL without the user and password in it, for messages and reports."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def check_key(api_key: str, url: str) -> str:
+    """Return an API key. Raise ValueError if it cannot be sent in a header, or the URL has a user."""
     if not api_key or not api_key.isascii() or not api_key.isprintable():
         raise ValueError("api_key must have printable ASCII characters only")
+    if "@" in urlsplit(url).netloc:
+        raise ValueError("api_key cannot be sent beside a user in the url: both need the Authorization header")
     return api_key
 
 
@@ -48,8 +57,11 @@ class Server:
     """A server's address, and the headers of each request to it.
 
     Args:
-        url: see `base_url`.
+        url: see `base_url`. The user and password in it are sent with Basic authentication.
         api_key: sent as a Bearer token.
+
+    Raises:
+        ValueError: see `base_url` and `check_key`.
     """
 
     def __init__(self, url: str, api_key: str | None = None):
@@ -61,7 +73,10 @@ class Server:
         self.path = parts.path
         lines = [f"Host: {parts.netloc.rpartition('@')[2]}", "Content-Type: application/json", "Connection: close"]
         if api_key is not None:
-            lines.append(f"Authorization: Bearer {check_key(api_key)}")
+            lines.append(f"Authorization: Bearer {check_key(api_key, url)}")
+        elif parts.username:
+            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            lines.append(f"Authorization: Basic {base64.b64encode(login.encode()).decode()}")
         self._lines = lines
 
     def request(self, method: str, path: str, body: Any = None, request_id: str | None = None) -> bytes:

@@ -34,7 +34,15 @@ from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
 from nanovllm.server.responses import ResponsesRequest
-from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
+from nanovllm.server.security import (
+    ApiKeys,
+    BodyLimit,
+    CancelOnDisconnect,
+    LocalHosts,
+    RequestIds,
+    TrailingSlashes,
+    is_loopback,
+)
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
 from nanovllm.server.text_format import TextFormat
@@ -69,7 +77,7 @@ _FAILED_S = 20
 def create_app(state: ServerState) -> FastAPI:
     """Return the app with all endpoints."""
     # The documentation pages would load scripts from elsewhere.
-    app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for module in (chat, completions, messages, responses, models, tokenize, health, page):
         # Else the schema would say that wrong requests get FastAPI's 422.
         app.include_router(module.routes(state), responses={"4XX": {"description": "the request is wrong"}})
@@ -93,6 +101,7 @@ def create_app(state: ServerState) -> FastAPI:
             expose_headers=["x-request-id", "request-id", "retry-after"],
         )
     app.add_middleware(RequestIds, count_response=state.metrics.count_response)
+    app.add_middleware(TrailingSlashes)
     return app
 
 

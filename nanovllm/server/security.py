@@ -18,7 +18,7 @@ from nanovllm.server.errors import ApiError, endpoint_path, error_body
 from nanovllm.server.streaming import JsonResponse
 
 # Everybody may read whether the server is well, and the chat page, which asks for a key.
-_OPEN_PATHS = re.compile(r"/|/health/?|/favicon\.ico|/page/.*")
+_OPEN_PATHS = re.compile(r"/|/health|/favicon\.ico|/page/.*")
 # Longer bodies, in bytes, take milliseconds to parse.
 _LONG_BODY = 1 << 15
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -72,6 +72,18 @@ class RequestIds:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class TrailingSlashes:
+    """Serve `/v1/models/` as `/v1/models`. A redirect would lead away from a proxy that has the app under a prefix."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and endpoint_path(scope) != "/":
+            scope = {**scope, "path": scope["path"].removesuffix("/")}
+        await self.app(scope, receive, send)
 
 
 class ApiKeys:

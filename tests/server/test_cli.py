@@ -1,6 +1,7 @@
 """The command line: flags, the terminal chat and the load generator."""
 
 import asyncio
+import base64
 import io
 import itertools
 import json
@@ -119,6 +120,8 @@ def test_api_key_comes_from_the_environment_unless_the_flag_is_given(served, mon
         (["serve", "--max-num-seq", "4"], "unrecognized arguments: --max-num-seq"),
         (["chat", "--url", "localhost:8000"], "url must be like http://127.0.0.1:8000"),
         (["chat", "--api-key", "k"], "api_key needs a url"),
+        (["chat", "--url", "http://u:p@h", "--api-key", "k"], "api_key cannot be sent beside a user in the url"),
+        (["bench", "serve", "--url", "http://u:p@h", "--api-key", "k"], "api_key cannot be sent beside a user"),
         (["chat", "--system", "\udcff"], "system must be UTF-8"),
         (["bench", "serve", "--request-rate", "0"], "request_rate must be above 0"),
         (["bench", "serve", "--input-len", "5", "2"], "input_len must be two numbers 1 <= LOW <= HIGH, got 5 2"),
@@ -632,6 +635,32 @@ def test_proxy_variables_that_no_client_can_use_are_an_error_in_one_line(capsys,
     monkeypatch.setenv("no_proxy", "localhost,[::1]")
     assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err.startswith("nanovllm: the environment's proxy variables cannot be used: ")
+
+
+def test_a_proxy_that_cannot_be_reached_is_named_without_its_password(capsys, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:1")
+    assert main(["chat", "--url", "http://me:mine@192.0.2.1:8000"]) == 1
+    error = capsys.readouterr().err
+    assert "cannot reach http://192.0.2.1:8000 through the environment's proxy http://127.0.0.1:1: " in error
+
+
+@pytest.mark.parametrize(
+    "command", [["chat"], ["bench", "serve", "--num-prompts", "1", "--input-len", "1", "1", "--output-len", "1", "1"]]
+)
+def test_user_and_password_of_a_url_are_sent_and_not_shown(command, capsys, monkeypatch, tmp_path):
+    def answer(handler, body):
+        usage = {"choices": [], "usage": {"completion_tokens": 1}}
+        handler.stream([{"choices": [{"index": 0, "delta": {"content": "x"}, "text": "x"}]}, usage, "[DONE]"])
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
+    if command[0] == "bench":
+        command = [*command, "--json", str(tmp_path / "figures.json")]
+    with scripted_server(chat=answer, completions=answer) as server:
+        assert main([*command, "--url", server.url.replace("://", "://me:p%40ss@")]) == 0
+    sent = {headers["authorization"] for _, headers, _ in map(lowered, server.requests)}
+    assert sent == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
+    printed = capsys.readouterr()
+    assert "p%40ss" not in printed.out + printed.err + "".join(path.read_text() for path in tmp_path.iterdir())
 
 
 def test_options_of_an_engine_are_refused_with_a_url(capsys):

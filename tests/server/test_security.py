@@ -51,8 +51,23 @@ def test_each_key_opens_in_both_headers(llm):
 
 def test_health_needs_no_key(llm):
     assert call(llm, "GET", "/health", api_key="one").status_code == 200
-    answer = call(llm, "GET", "/health/", api_key="one")
-    assert (answer.status_code, answer.headers["location"]) == (307, "http://localhost/health")
+    assert call(llm, "GET", "/health/", api_key="one").status_code == 200
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_slash_at_the_end_of_a_path_changes_nothing(llm, prefix):
+    async def responses():
+        _, app = make_server(llm)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=prefix)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://localhost{prefix}") as client:
+            models = await client.get("/v1/models/")
+            completion = await client.post("/v1/completions/", json=BODY)
+            return models, completion, await client.get("/"), await client.get("/v1/nothing/")
+
+    models, completion, page, nothing = asyncio.run(responses())
+    assert models.status_code == 200 and models.json()["object"] == "list"
+    assert completion.status_code == 200 and completion.json()["choices"]
+    assert page.status_code == 200 and nothing.status_code == 404
 
 
 def test_refusals_of_messages_have_anthropics_form(llm):
