@@ -18,7 +18,7 @@ _FAILURE = "structured_outputs cannot be compiled"
 
 
 class GrammarFilter:
-    """Tokens that the grammar of a structured output lets follow; see `TokenFilter`.
+    """The token filter of a structured output: the tokens that its grammar lets follow.
 
     Args:
         matcher: the grammar, and how far the output has come in it.
@@ -117,7 +117,7 @@ class Grammars:
             self._tokenizer = make_tokenizer(**vocabulary)
         self._pool = Pool("grammars", {"vocabulary": vocabulary, "text_tokens": text_tokens}, _FAILURE)
 
-    def filter(
+    def compile(
         self,
         last_resort_ids: Collection[int] = (),
         stop_ids: Collection[int] = (),
@@ -125,7 +125,7 @@ class Grammars:
         max_seconds: float | None = None,
         **structured: Any,
     ) -> GrammarFilter:
-        """Compile a structured output.
+        """Return the filter of a structured output.
 
         Args:
             last_resort_ids, stop_ids, min_tokens: see `GrammarFilter`.

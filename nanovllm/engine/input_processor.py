@@ -11,7 +11,7 @@ from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.checks import check_in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.chat_renderer import ChatRenderer
-from nanovllm.engine.grammars import GrammarFilter, Grammars
+from nanovllm.engine.grammars import Grammars
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.text_codec import TextCodec
@@ -88,7 +88,7 @@ class InputProcessor:
         """Check a request and prepare everything it needs on the host.
 
         Args:
-            max_grammar_seconds: see `Grammars.filter`.
+            max_grammar_seconds: see `Grammars.compile`.
 
         Raises:
             TypeError, ValueError: the request cannot be served; the message names the argument.
@@ -102,7 +102,7 @@ class InputProcessor:
         token_filter = self._make_filter(params, stop_ids, max_grammar_seconds)
         # The first mask is computed here, and not in a step.
         mask = token_filter.compute_mask() if token_filter and token_filter.depends_on_output else None
-        if isinstance(token_filter, GrammarFilter) and token_filter.is_blocked:
+        if token_filter and token_filter.is_blocked:
             raise ValueError("min_tokens and structured_outputs leave no token that could be sampled first")
         samples = []
         for index in range(params.n):
@@ -228,14 +228,14 @@ class InputProcessor:
 
     def _make_filter(
         self, params: SamplingParams, stop_ids: frozenset[int], max_grammar_seconds: float | None
-    ) -> TokenFilter | GrammarFilter | None:
+    ) -> TokenFilter | None:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, encode_all=self.codec.encode_all, stop_ids=stop_ids)
         with refusing_panics("structured_outputs cannot be compiled"):
             grammars = self.grammars
             if self._closed:  # `close` may not have seen them
                 grammars.close()
-            return grammars.filter(
+            return grammars.compile(
                 last_resort_ids=self.codec.end_ids if params.ignore_eos else (),
                 stop_ids=stop_ids,
                 min_tokens=params.min_tokens,

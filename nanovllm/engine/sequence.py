@@ -7,7 +7,6 @@ from typing import TypeAlias
 import numpy as np
 
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.grammars import GrammarFilter
 from nanovllm.engine.token_filter import TokenFilter
 from nanovllm.outputs import LogprobRows, own_logprob
 from nanovllm.sampling_params import MAX_TOKENS, SamplingParams
@@ -102,7 +101,7 @@ class Sequence:
     index: int = 0
     max_output_len: int = MAX_TOKENS
     vocab_size: int = 0
-    token_filter: TokenFilter | GrammarFilter | None = None
+    token_filter: TokenFilter | None = None
     detokenizer: Detokenizer | None = None
     max_tokens: int = field(init=False)
     num_logprobs: int | None = field(init=False)

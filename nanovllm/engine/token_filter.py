@@ -8,11 +8,15 @@ step. Other sequences go on meanwhile.
 from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _pack_bits(allowed: np.ndarray) -> np.ndarray:
@@ -29,8 +33,42 @@ def without(mask: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
     return mask
 
 
-class TokenFilter:
-    """Allowed tokens, without those that would complete a bad word.
+class TokenFilter(Protocol):
+    """Which tokens a sequence may sample next.
+
+    Attributes:
+        depends_on_output: whether the mask depends on the tokens sampled so far.
+        is_blocked: whether the newest mask allows only tokens that cannot be sampled.
+    """
+
+    depends_on_output: bool
+    is_blocked: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why the sequence must end, or None."""
+        ...
+
+    def copy(self) -> "Self":
+        """Return a filter for another sample. It shares all that does not change."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take in a sampled token."""
+        ...
+
+    def compute_mask(self) -> np.ndarray:
+        """Return the mask of the tokens that may be sampled next."""
+        ...
+
+
+class AllowedTokens:
+    """The filter of `allowed_token_ids` and `bad_words`: no token may complete a bad word.
 
     Args:
         allowed: for each token whether it is allowed at all; padded to a multiple of 32.
@@ -38,10 +76,8 @@ class TokenFilter:
         stop_ids: tokens that the sampler does not sample as one of the first `min_tokens`.
 
     Attributes:
-        depends_on_output: whether the mask depends on the tokens sampled so far.
         min_tokens_left: how many more tokens must come before a stop id may be sampled.
-        is_complete: whether nothing can follow.
-        is_blocked: whether the newest mask has only tokens that would complete a bad word.
+        is_blocked: whether all tokens that the newest mask should allow would complete a bad word.
     """
 
     is_complete = False
@@ -59,19 +95,16 @@ class TokenFilter:
         longest_start = max((len(start) for start, _ in self.bad_words), default=0)
         self.recent_ids: deque[int] = deque(maxlen=longest_start)
 
-    def copy(self) -> "TokenFilter":
-        """Return a filter for another sample. It shares all that does not change."""
+    def copy(self) -> "Self":
         other = copy(self)
         other.recent_ids = self.recent_ids.copy()
         return other
 
     @property
     def error(self) -> str | None:
-        """Why the sequence must end, or None."""
         return "bad_words leave no token that could be sampled next" if self.is_blocked else None
 
     def accept(self, token_id: int) -> None:
-        """Take in a sampled token."""
         self.recent_ids.append(token_id)
         self.min_tokens_left -= 1
 
@@ -129,7 +162,7 @@ def make_filter(
     vocab_size: int,
     encode_all: Callable[[list[str]], list[list[int]]],
     stop_ids: Iterable[int],
-) -> TokenFilter | None:
+) -> AllowedTokens | None:
     """Return the filter of `allowed_token_ids` and `bad_words`, or None if there are none.
 
     Args:
@@ -145,7 +178,7 @@ def make_filter(
     spellings = _spellings(params.bad_words, encode_all) if params.bad_words else ()
     # A tokenizer may have more tokens than its model, which never samples those.
     spellings = sorted(ids for ids in spellings if max(ids) < vocab_size)
-    token_filter = TokenFilter(allowed, bad_words=spellings, stop_ids=stop_ids, min_tokens=params.min_tokens)
+    token_filter = AllowedTokens(allowed, bad_words=spellings, stop_ids=stop_ids, min_tokens=params.min_tokens)
     if not token_filter.has_any(token_filter.allowed):
         raise ValueError("min_tokens, allowed_token_ids and bad_words leave no token that could be sampled first")
     return token_filter

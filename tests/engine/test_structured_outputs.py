@@ -112,21 +112,21 @@ WRAPS = {
 @pytest.mark.parametrize("name", WRAPS)
 def test_a_chain_of_1000_references_is_served_or_refused(grammars, name):
     try:
-        grammars.filter(json=ref_chain(1000, WRAPS[name]))
+        grammars.compile(json=ref_chain(1000, WRAPS[name]))
     except ValueError as error:
         assert name == "anyOf" and "structured_outputs" in str(error)
 
 
 def test_a_chain_of_5000_rules_is_served_and_one_of_60000_is_refused(grammars, hurried, tokenizer):
-    assert follows(grammars.filter(grammar=rule_chain(50)), tokenizer, "a" * 50 + "b")
-    served = grammars.filter(grammar=rule_chain(5000))
+    assert follows(grammars.compile(grammar=rule_chain(50)), tokenizer, "a" * 50 + "b")
+    served = grammars.compile(grammar=rule_chain(5000))
     with pytest.raises(ValueError, match="structured_outputs cannot be compiled: it took "):
-        hurried.filter(grammar=rule_chain(60_000))
-    assert len(allowed(served)) and follows(hurried.filter(regex="ok"), tokenizer, "ok")
+        hurried.compile(grammar=rule_chain(60_000))
+    assert len(allowed(served)) and follows(hurried.compile(regex="ok"), tokenizer, "ok")
 
 
 def test_a_deep_grammar_can_be_followed_on_a_small_stack(grammars):
-    deep = [grammars.filter(grammar=rule_chain(5000)), grammars.filter(json=ref_chain(1000, WRAPS["properties"]))]
+    deep = [grammars.compile(grammar=rule_chain(5000)), grammars.compile(json=ref_chain(1000, WRAPS["properties"]))]
 
     def use():
         while deep:
@@ -148,8 +148,8 @@ def test_a_deep_grammar_can_be_followed_on_a_small_stack(grammars):
 def test_a_schema_that_would_compile_for_minutes_is_refused(hurried, tokenizer):
     patterns = [{"pattern": f"^(.*a.{{{i}}})*$"} for i in range(1, 30)]
     with pytest.raises(ValueError, match="structured_outputs cannot be compiled: it took "):
-        hurried.filter(json=json.dumps({"type": "string", "allOf": patterns}))
-    assert follows(hurried.filter(regex="ok"), tokenizer, "ok")
+        hurried.compile(json=json.dumps({"type": "string", "allOf": patterns}))
+    assert follows(hurried.compile(regex="ok"), tokenizer, "ok")
 
 
 LONG = "hello world " * 8000
@@ -167,7 +167,7 @@ LONG = "hello world " * 8000
     ids=["repeat", "nested", "choice", "json", "grammar"],
 )
 def test_a_long_forced_text_costs_a_step_little(grammars, what):
-    token_filter, rng = grammars.filter(**what), random.Random(0)
+    token_filter, rng = grammars.compile(**what), random.Random(0)
     begin = time.thread_time()
     for _ in range(50):
         token_filter.accept(int(rng.choice(allowed(token_filter))))
@@ -178,7 +178,7 @@ def test_a_long_forced_text_costs_a_step_little(grammars, what):
 @pytest.mark.parametrize("rule", ["s s | x", "s s | x | s s s"])
 def test_an_ambiguous_grammar_ends_before_it_costs_a_step_much(grammars, rule):
     seq = Sequence([1], SamplingParams(max_tokens=100))
-    seq.token_filter = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n")
+    seq.token_filter = grammars.compile(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n")
     scheduler, times = Scheduler(1, 16, BlockManager(32, 16)), []
     scheduler.add(seq)
     while not seq.finish_reason:
@@ -199,7 +199,7 @@ def test_errors_are_short(grammars):
         dict(json='{"enum": ' + "[" * 900),
     ):
         with pytest.raises(ValueError, match="structured_outputs") as caught:
-            grammars.filter(**what)
+            grammars.compile(**what)
         assert len(str(caught.value)) < 700
 
 
@@ -207,19 +207,19 @@ def test_errors_are_short(grammars):
 def test_texts_with_names_of_added_tokens_can_be_written(grammars, tokenizer, text):
     for what in (dict(choice=[text]), dict(json=json.dumps({"const": text})), dict(grammar=f'start: "{text}"')):
         for seed in range(3):
-            written, is_complete = walk(grammars.filter(**what), tokenizer, seed)
+            written, is_complete = walk(grammars.compile(**what), tokenizer, seed)
             assert is_complete and written == (json.dumps(text) if "json" in what else text)
 
 
 def test_added_tokens_are_sampled_where_their_text_may_follow_and_special_ones_are_not(grammars, tokenizer):
     think, im = tokenizer.convert_tokens_to_ids(["<think>", "<|im|>"])
-    either = allowed(grammars.filter(regex=r"<think>a|<\|im\|>b|c"))
+    either = allowed(grammars.compile(regex=r"<think>a|<\|im\|>b|c"))
     assert think in either and im not in either
 
 
 def test_tokens_are_named_in_lark_grammars(grammars, tokenizer):
     think, im = tokenizer.convert_tokens_to_ids(["<think>", "<|im|>"])
-    token_filter = grammars.filter(grammar='start: <think> "<think>" <|im|> /[\\/<]think>/ // <think>\n')
+    token_filter = grammars.compile(grammar='start: <think> "<think>" <|im|> /[\\/<]think>/ // <think>\n')
     for token_id, others in ((think, []), (think, ["<"]), (im, [])):
         assert {token_id, *tokenizer.convert_tokens_to_ids(others)} == set(allowed(token_filter))
         token_filter.accept(token_id)
@@ -250,7 +250,7 @@ def test_tokens_are_named_in_lark_grammars(grammars, tokenizer):
     ],
 )
 def test_what_is_accepted_is_followed(grammars, tokenizer, schema):
-    token_filter, complete = grammars.filter(json=json.dumps(schema)), 0
+    token_filter, complete = grammars.compile(json=json.dumps(schema)), 0
     for seed in range(12):
         text, is_complete = walk(token_filter.copy(), tokenizer, seed)
         if is_complete:
@@ -271,7 +271,7 @@ def test_what_is_accepted_is_followed(grammars, tokenizer, schema):
     ],
 )
 def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outside):
-    token_filter = grammars.filter(json=json.dumps(schema))
+    token_filter = grammars.compile(json=json.dumps(schema))
     assert follows(token_filter, tokenizer, str(inside)) and not follows(token_filter, tokenizer, str(outside))
 
 
@@ -287,7 +287,7 @@ def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outs
     ],
 )
 def test_exclusive_bounds_of_numbers_are_obeyed(grammars, tokenizer, schema, inside, outside):
-    token_filter = grammars.filter(json=json.dumps({"type": "number"} | schema))
+    token_filter = grammars.compile(json=json.dumps({"type": "number"} | schema))
     assert all(follows(token_filter, tokenizer, text) for text in inside)
     assert not any(follows(token_filter, tokenizer, text) for text in outside)
 
@@ -318,7 +318,7 @@ def test_exclusive_bounds_of_numbers_are_obeyed(grammars, tokenizer, schema, ins
 )
 def test_what_would_not_be_obeyed_is_refused(grammars, schema, names):
     with pytest.raises(ValueError, match=f"structured_outputs.*{names}"):
-        grammars.filter(json=json.dumps(schema))
+        grammars.compile(json=json.dumps(schema))
 
 
 @pytest.mark.parametrize(
@@ -334,15 +334,15 @@ def test_what_would_not_be_obeyed_is_refused(grammars, schema, names):
     ],
 )
 def test_classes_of_a_regular_expression_are_ascii(grammars, tokenizer, expression, inside, outside):
-    token_filter = grammars.filter(regex=expression)
+    token_filter = grammars.compile(regex=expression)
     assert follows(token_filter, tokenizer, inside) and not follows(token_filter, tokenizer, outside)
 
 
 @pytest.mark.parametrize("mark", ["", "?", "!"])
 def test_lark_grammar_is_recognised_by_its_start_rule(grammars, tokenizer, mark):
-    found = grammars.filter(grammar=f'\n{mark}start : sum\n?sum: NUMBER | sum "+" NUMBER\n%import common.NUMBER\n')
+    found = grammars.compile(grammar=f'\n{mark}start : sum\n?sum: NUMBER | sum "+" NUMBER\n%import common.NUMBER\n')
     assert follows(found, tokenizer, "1+2") and not follows(found, tokenizer, "1-")
-    found = grammars.filter(grammar='root ::= begin "b"\nbegin ::= "start: a" # start: c')
+    found = grammars.compile(grammar='root ::= begin "b"\nbegin ::= "start: a" # start: c')
     assert follows(found, tokenizer, "start: ab")
 
 
@@ -366,18 +366,18 @@ def test_lark_grammar_is_recognised_by_its_start_rule(grammars, tokenizer, mark)
     ],
 )
 def test_characters_and_groups_of_gbnf_are_those_of_llama_cpp(grammars, tokenizer, rule, inside, outside):
-    found = grammars.filter(grammar=f"root ::= {rule}")
+    found = grammars.compile(grammar=f"root ::= {rule}")
     assert [text for text in (*inside, *outside) if follows(found, tokenizer, text)] == inside
 
 
 def test_unknown_escape_in_gbnf_is_refused(grammars):
     for rule in (r"[\d]", r'"\u12"', r'"\U00110000"'):
         with pytest.raises(ValueError, match="structured_outputs cannot be compiled"):
-            grammars.filter(grammar=f"root ::= {rule}")
+            grammars.compile(grammar=f"root ::= {rule}")
 
 
 def test_classes_of_a_pattern_are_those_of_javascript(grammars, tokenizer):
-    token_filter = grammars.filter(json=json.dumps({"type": "string", "pattern": r"^\d\w\s$"}))
+    token_filter = grammars.compile(json=json.dumps({"type": "string", "pattern": r"^\d\w\s$"}))
     assert follows(token_filter, tokenizer, '"7a\u00a0"')
     assert not follows(token_filter, tokenizer, '"٣a "') and not follows(token_filter, tokenizer, '"7é "')
 
@@ -399,12 +399,12 @@ def test_classes_of_a_pattern_are_those_of_javascript(grammars, tokenizer):
     ],
 )
 def test_characters_that_a_pattern_excludes_are_not_written(grammars, tokenizer, pattern, inside, outside):
-    found = grammars.filter(json=json.dumps({"type": "string", "pattern": pattern}))
+    found = grammars.compile(json=json.dumps({"type": "string", "pattern": pattern}))
     texts = [json.dumps(text, ensure_ascii=False) for text in (*inside, *outside)]
     assert [follows(found, tokenizer, text) for text in texts] == [True] * len(inside) + [False] * len(outside)
     if "\0" not in "".join(inside):
         schema = {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
-        found = grammars.filter(json=json.dumps(schema))
+        found = grammars.compile(json=json.dumps(schema))
         assert [text for text in texts if follows(found, tokenizer, f"{{{text}: 1}}")] == texts[: len(inside)]
 
 
@@ -427,7 +427,7 @@ def test_random_patterns_are_followed(grammars, tokenizer):
     for _ in range(60):
         pattern = rng.choice(["^", "^", ""]) + random_pattern(rng) + rng.choice(["$", "$", ""])
         try:
-            found = grammars.filter(json=json.dumps({"type": "string", "pattern": pattern}))
+            found = grammars.compile(json=json.dumps({"type": "string", "pattern": pattern}))
         except ValueError as error:
             assert "Regex is empty" in str(error)
             continue
@@ -442,14 +442,14 @@ def test_random_patterns_are_followed(grammars, tokenizer):
 
 @pytest.mark.parametrize("format", ["date", "date-time"])
 def test_only_days_that_exist_are_written(grammars, tokenizer, format):
-    found = grammars.filter(json=json.dumps({"type": ["string", "null"], "format": format}))
+    found = grammars.compile(json=json.dumps({"type": ["string", "null"], "format": format}))
     days = ["2024-02-29", "2000-02-29", "2023-02-28", "2023-12-31", "2023-02-29", "1900-02-29", "2023-04-31"]
     end = "" if format == "date" else "T23:59:60Z"
     assert [day for day in days if follows(found, tokenizer, f'"{day}{end}"')] == days[:4]
 
 
 def test_properties_are_counted_where_no_name_can_be_repeated(grammars, tokenizer):
-    found = grammars.filter(json=json.dumps({"type": "object", "required": ["a"], "minProperties": 2}))
+    found = grammars.compile(json=json.dumps({"type": "object", "required": ["a"], "minProperties": 2}))
     texts = ['{"a": 1, "b": 2}', '{"a": 1, "b": 2, "b": 3}', '{"a": 1}', '{"a": 1, "a": 2}']
     assert [text for text in texts if follows(found, tokenizer, text)] == texts[:2]
 

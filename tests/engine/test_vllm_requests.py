@@ -673,7 +673,7 @@ def test_not_a_grammar_is_refused(llm):
 def written(llm, text, **form) -> bool:
     """Return whether a form lets `text` be the output."""
     grammars = llm.llm_engine.input_processor.grammars
-    made = grammars.filter(**dataclasses.asdict(StructuredOutputsParams(**form)))
+    made = grammars.compile(**dataclasses.asdict(StructuredOutputsParams(**form)))
     for token_id in llm.tokenizer.encode(text):
         if made.is_complete or not made.compute_mask()[token_id // 32] >> token_id % 32 & 1:
             return False
