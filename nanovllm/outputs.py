@@ -69,10 +69,6 @@ def own_logprob(row: bytes) -> float:
     return _OWN.unpack_from(row)[2]
 
 
-def _no_text(token_id: int) -> None:
-    """Return the text of a token where there is no tokenizer."""
-
-
 class LogprobRows(Sequence[dict[int, Logprob] | None]):
     """The requested log-probabilities of each token, by token id; the token's own are the first of its dict.
 
@@ -83,16 +79,28 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
     Args:
         rows: the bytes that each dict is made of. They are copies, so that a kept output does not keep the
             log-probabilities of all requests of its steps.
-        text: returns a token's text.
+        texts: the texts of tokens by id, or a function that returns the text of a token; None for no texts.
     """
 
-    def __init__(self, rows: Iterable[bytes | None] = (), text: Callable[[int], str | None] = _no_text):
+    def __init__(
+        self,
+        rows: Iterable[bytes | None] = (),
+        texts: dict[int, str | None] | Callable[[int], str | None] | None = None,
+    ):
         self._rows = list(rows)
-        self.text = text
+        self._texts = {} if texts is None else texts
 
     def append(self, row: bytes) -> None:
         """Add a row of a step's `TokenLogprobs`."""
         self._rows.append(row)
+
+    def set_texts(self, text_of: Callable[[int], str | None]) -> None:
+        """Set the function that returns the text of a token."""
+        self._texts = text_of
+
+    def text(self, token_id: int) -> str | None:
+        """Return the text of a token, or None if it is not known."""
+        return self._texts.get(token_id) if isinstance(self._texts, dict) else self._texts(token_id)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -105,7 +113,7 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
 
     def __getitem__(self, index: int | slice) -> "dict[int, Logprob] | LogprobRows | None":
         if isinstance(index, slice):
-            return LogprobRows(self._rows[index], self.text)
+            return LogprobRows(self._rows[index], self._texts)
         row = self._rows[index]
         if row is None:
             return None
@@ -116,22 +124,19 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
         return found
 
     def __reduce__(self) -> tuple:
-        """Copy and pickle the texts of the rows' tokens in place of the function that returns them."""
-        return LogprobRows, (self._rows, self._texts().get)
+        """Pickle the texts of the rows' tokens in place of the function that returns them."""
+        return LogprobRows, (self._rows, self._known_texts())
 
     def with_texts(self, token_ids: Iterable[int]) -> "LogprobRows":
         """Return these rows with the texts of more tokens, which pickling keeps too."""
-        texts = self._texts() | {token_id: self.text(token_id) for token_id in token_ids}
-        return LogprobRows(self._rows, texts.get)
+        more = {token_id: self.text(token_id) for token_id in token_ids}
+        return LogprobRows(self._rows, self._known_texts() | more)
 
-    def _texts(self) -> dict[int, str | None]:
-        """Return the texts of the rows' tokens."""
-        if self.text is _no_text:
-            return {}
-        known = getattr(self.text, "__self__", None)
-        if type(known) is dict:  # `text` is `known.get`: these rows have been pickled, or come from `with_texts`
-            return known
-        return {token_id: self.text(token_id) for token_id in self._distinct_ids()}
+    def _known_texts(self) -> dict[int, str | None]:
+        """Return the texts that are known by id, or those of the rows' tokens if a function returns them."""
+        if isinstance(self._texts, dict):
+            return self._texts
+        return {token_id: self._texts(token_id) for token_id in self._distinct_ids()}
 
     def _distinct_ids(self) -> Iterable[int]:
         """Return the ids of all tokens in the rows."""
@@ -159,9 +164,9 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
             return list(self) + other
         if not isinstance(other, LogprobRows):
             return NotImplemented
-        # Rows that have been pickled know the texts of their own tokens only.
-        text = self.text if self.text == other.text else (self._texts() | other._texts()).get
-        return LogprobRows(self._rows + other._rows, text)
+        has_same_texts = self._texts == other._texts
+        texts = self._texts if has_same_texts else self._known_texts() | other._known_texts()
+        return LogprobRows(self._rows + other._rows, texts)
 
     def __radd__(self, other: Any) -> Any:
         return other + list(self) if isinstance(other, list) else NotImplemented

@@ -74,7 +74,8 @@ class Request:
                 seq.detokenizer = Detokenizer(self.token_bytes, stops, self.params.include_stop_str_in_output)
         if self.all_token_bytes is not None:
             for seq in self.samples:
-                seq.logprobs.text = seq.prompt_logprobs.text = self.all_token_bytes.text_of
+                seq.logprobs.set_texts(self.all_token_bytes.text_of)
+                seq.prompt_logprobs.set_texts(self.all_token_bytes.text_of)
 
     def mark_queued(self, request_id: str) -> None:
         """Set the request's id and the time at which it is queued, which is now."""
