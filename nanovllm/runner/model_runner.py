@@ -177,10 +177,7 @@ class ModelRunner:
     @property
     def snapshot_slots(self) -> range | None:
         """The slots for snapshots of recurrent state; None if the model has no such state."""
-        if not self.pool.slot_bytes:
-            return None
-        first = self.sizes.num_seqs + 1  # after the scratch slot
-        return range(first, first + self.sizes.num_snapshots)
+        return self.sizes.snapshot_slots if self.pool.slot_bytes else None
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -254,18 +251,19 @@ class ModelRunner:
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _allocate(self, sizes: StateSizes) -> None:
-        """Allocate the state of the layers and of the slots. One extra block is the scratch block of padding rows.
+        """Allocate the state of the layers and of the slots.
 
         If `sizes` has fewer sequences than the config, only the first slots have recurrent state.
         """
-        num_blocks = sizes.num_blocks
         try:
-            self.pool.allocate(sizes._replace(num_blocks=num_blocks + 1))
+            self.pool.allocate(sizes)
         except RuntimeError as error:
-            if num_blocks != self.config.num_kvcache_blocks:
+            if sizes.num_blocks != self.config.num_kvcache_blocks:
                 raise
-            raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
-        self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model.config.vocab_size, self.device)
+            message = f"num_kvcache_blocks={sizes.num_blocks} is more than can be allocated"
+            raise ValueError(f"{message}: {error}") from error
+        vocab_size = self.model.config.vocab_size
+        self.state = BatchState(self.config, self.max_blocks, sizes.scratch_block, vocab_size, self.device)
         self.forward = Forward(self.model, self.state, self.backend, self.pool, self.counters)
         self.token_ring = deque(host_buffer(self.config.max_num_seqs, torch.int64, self.device) for _ in range(2))
 
@@ -435,7 +433,7 @@ class ModelRunner:
             if "weights" in parts:
                 spare -= sum(param.nbytes for param in self.model.parameters())
             if "kv_cache" in parts:
-                spare -= self.pool.num_bytes(self.sizes._replace(num_blocks=self.sizes.num_blocks + 1))
+                spare -= self.pool.num_bytes(self.sizes)
             return max(0, -self.tp.all_reduce_min(spare, self.device))
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:

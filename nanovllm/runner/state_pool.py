@@ -18,6 +18,8 @@ _SNAPSHOTS_PER_SEQUENCE = 4
 class StateSizes(NamedTuple):
     """How the memory for state is divided.
 
+    Padding rows have a block and a slot of their own, the scratch ones, which come on top of these numbers.
+
     Args:
         num_blocks: KV blocks.
         num_seqs: sequences that run at once. Each has a slot.
@@ -28,11 +30,20 @@ class StateSizes(NamedTuple):
     num_seqs: int
     num_snapshots: int = 0
 
+    @property
+    def scratch_block(self) -> int:
+        """The block of padding rows, after all others."""
+        return self.num_blocks
+
+    @property
+    def snapshot_slots(self) -> range:
+        """The slots for snapshots, after those of the sequences and the scratch slot."""
+        first = self.num_seqs + 1
+        return range(first, first + self.num_snapshots)
+
 
 class StatePool:
     """The state that a model's layers ask for.
-
-    Slots are those of the running sequences, then the scratch slot, then snapshots.
 
     Args:
         block_size: tokens of a KV block.
@@ -88,16 +99,15 @@ class StatePool:
 
     def num_bytes(self, sizes: StateSizes) -> int:
         """Return the bytes that `allocate` takes."""
-        num_slots = sizes.num_seqs + 1 + sizes.num_snapshots
-        return sizes.num_blocks * self.block_bytes + num_slots * self.slot_bytes
+        return (sizes.scratch_block + 1) * self.block_bytes + sizes.snapshot_slots.stop * self.slot_bytes
 
     def allocate(self, sizes: StateSizes) -> None:
-        """Allocate blocks and slots. The present state is freed first."""
+        """Allocate blocks and slots, with the scratch ones. The present state is freed first."""
         self.free()
         for layer, spec in self.paged:
-            layer.bind(spec.allocate(sizes.num_blocks, self.block_size, self.device))
+            layer.bind(spec.allocate(sizes.scratch_block + 1, self.block_size, self.device))
         for spec, layers in self.by_slot.items():
-            tensors = spec.allocate(len(layers), sizes.num_seqs + 1 + sizes.num_snapshots, self.device)
+            tensors = spec.allocate(len(layers), sizes.snapshot_slots.stop, self.device)
             self.slot_tensors += tensors
             for index, layer in enumerate(layers):
                 layer.bind([tensor[index] for tensor in tensors])

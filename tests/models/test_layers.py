@@ -324,9 +324,10 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     pool.allocate(divided)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
         for cache in (layer.kv.k_cache, layer.kv.v_cache):
-            assert cache.shape == (9, 16, heads, dim) and cache.dtype == dtype
+            assert cache.shape == (9 + 1, 16, heads, dim) and cache.dtype == dtype
         assert layer.kv.window == layer.window
-    assert sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in model) == 9 * pool.block_bytes
+    assert sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in model) == 10 * pool.block_bytes
+    assert pool.num_bytes(divided) == 10 * pool.block_bytes
     pool.free()
     assert all(layer.kv is None for layer in model)
 
@@ -367,6 +368,7 @@ def test_state_pool_gives_every_recurrent_layer_its_slots_and_copies_slots_of_al
         assert state.conv.shape == (8, 4, channels) and state.conv.dtype == torch.bfloat16
     tensors = [tensor for state in states for tensor in state]
     assert sum(tensor.nbytes for tensor in tensors) == 8 * pool.slot_bytes
+    assert pool.num_bytes(StateSizes(2, num_seqs=4, num_snapshots=3)) == 3 * pool.block_bytes + 8 * pool.slot_bytes
     for index, tensor in enumerate(tensors):
         tensor.copy_((10 * index + torch.arange(8)).view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor))
     pool.copy_slots(torch.tensor([0, 2]), torch.tensor([7, 5]))
