@@ -1,5 +1,7 @@
 """GET /health, /version and /metrics."""
 
+import asyncio
+
 from fastapi import APIRouter, Response
 
 import nanovllm
@@ -7,6 +9,9 @@ from nanovllm.server.errors import ApiError
 from nanovllm.server.metrics import CONTENT_TYPE
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
+
+# How long the engine may take to reply. It replies between steps, and no step takes as long.
+_REPLY_SECONDS = 60
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -19,7 +24,11 @@ def routes(state: ServerState) -> APIRouter:
         """Respond with 200 if requests can be served now, else 503."""
         if state.admission.draining:
             raise ApiError(503, "the server is about to stop", code="draining")
-        await state.llm.check_health()
+        try:
+            await asyncio.wait_for(state.llm.check_health(), _REPLY_SECONDS)
+        except asyncio.TimeoutError:  # Python 3.10 has two kinds
+            message = f"the engine has not replied for {_REPLY_SECONDS} s"
+            raise ApiError(503, message, code="engine_unavailable") from None
         if await state.llm.is_sleeping():
             raise ApiError(503, "the engine is asleep", code="asleep")
         return Response()
@@ -31,8 +40,8 @@ def routes(state: ServerState) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         try:
-            engine = await state.llm.metrics()
-        except RuntimeError:  # closed or failed
+            engine = await asyncio.wait_for(state.llm.metrics(), _REPLY_SECONDS)
+        except (RuntimeError, asyncio.TimeoutError):  # closed, failed or stopped
             engine = None
         return Response(state.metrics.render(engine), media_type=CONTENT_TYPE)
 

@@ -122,7 +122,7 @@ class ServerMetrics:
         """Return all metrics in Prometheus' text format.
 
         Args:
-            engine: the engine's metrics now, or None if it is closed or has failed.
+            engine: the engine's metrics now, or None if it cannot tell them.
         """
         self.engine = engine
         return prometheus_client.generate_latest(self.registry)

@@ -10,11 +10,13 @@ import pytest
 
 from nanovllm import AsyncLLM, CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
 from nanovllm.output_stream import merge_deltas
+from nanovllm.server import health
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.engine_host import _Host
 from nanovllm.server.engine_messages import keep_newest_packed, merge_packed_deltas, pack_output, unpack_output
 from tests.helpers import all_end
 from tests.models.tiny import save_tiny_with_tokenizer
+from tests.server.serving import call, error_of
 
 pytestmark = pytest.mark.xdist_group("engine process")  # one worker starts the engine
 
@@ -63,6 +65,19 @@ def test_outputs_are_those_of_async_llm(model, client):
             assert asyncio.run(texts(client, prompts, params)) == asyncio.run(texts(llm, prompts, params))
     finally:
         llm.close()
+
+
+def test_health_and_metrics_do_not_wait_for_ever_for_an_engine_that_is_stopped(client, monkeypatch):
+    monkeypatch.setattr(health, "_REPLY_SECONDS", 0.2)
+    os.kill(client._process.pid, signal.SIGSTOP)
+    try:
+        answer = call(client, "GET", "/health")
+        assert answer.status_code == 503 and error_of(answer) == "the engine has not replied for 0.2 s"
+        assert call(client, "GET", "/metrics").status_code == 200
+    finally:
+        os.kill(client._process.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    assert call(client, "GET", "/health").status_code == 200
 
 
 def test_calls_return_what_async_llm_returns(client):

@@ -9,7 +9,7 @@ from random import Random
 import httpx
 import pytest
 
-from nanovllm.server import body
+from nanovllm.server import body, http_protocol
 from nanovllm.server.options import ServerOptions
 from tests.server.scripted import ScriptedLLM
 from tests.server.serving import SECONDS, call, error_of, held, listening, make_server, with_client
@@ -378,6 +378,48 @@ def test_head_without_end_ends_the_connection(llm, start, piece):
         yield json.dumps(BODY).encode() + b" "
         for _ in range(20):  # a body of this size passes
             yield b" " * 8192
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_connection_whose_client_falls_silent_within_a_request_is_closed(llm, monkeypatch):
+    monkeypatch.setattr(http_protocol, "_SILENT_SECONDS", 1)
+    health = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def read_all(address, *parts):
+        """Send parts, each after the response to the one before. Return what comes after the last one."""
+        reader, writer = await asyncio.open_connection(*address)
+        for part in parts[:-1]:
+            writer.write(part)
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(parts[-1])
+        received = await reader.read()  # until the server closes
+        writer.close()
+        return received
+
+    async def use():
+        async with listening(llm) as (_, client, _):
+            address = client.base_url.host, client.base_url.port
+            starts = [b"POST", b"POST %b HTTP/1.1\r\nHost: localhost\r\n" % PATH.encode(), CHUNKED]
+            silent = [read_all(address, start) for start in [b"", *starts]]
+            silent += [read_all(address, health, start) for start in starts]
+            silent += [read_all(address, health + b"POST", b" / HT")]
+            assert await asyncio.gather(*silent) == [b""] * 8
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_client_may_be_silent_while_it_waits_for_a_response(own_llm, monkeypatch):
+    monkeypatch.setattr(http_protocol, "_SILENT_SECONDS", 0.5)
+
+    async def use():
+        async with listening(own_llm) as (state, client, _):
+            with held(own_llm):
+                answering = asyncio.create_task(client.post(PATH, json=BODY))
+                while not state.admission.num_samples:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(1.5)
+            assert (await answering).status_code == 200
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
 
