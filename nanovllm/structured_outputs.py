@@ -35,11 +35,10 @@ class StructuredOutputsParams:
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts, each of 1 to 1024 characters.
-        grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
-            `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
-            `<|name|>` without quotes does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema. A
-            terminal takes as many characters as it can, as in Lark. A GBNF rule that refers to no rules but terminals
-            is also one: nothing matches `word "a"` with `word ::= [a-z]+`.
+        grammar: a context-free grammar in Lark's notation, or in llama.cpp's (GBNF), where a newline counts as a space.
+            In Lark's regular expressions `\\d`, `\\w` and `\\s` match Unicode, as in Python, and a terminal takes as
+            many characters as it can. Texts never match a special token; in Lark's notation `<|name|>` without quotes
+            does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema there.
         json_object: True is any JSON object; False is the same as None.
         disable_any_whitespace: white space in JSON. None is a space after commas and colons and no other; True is
             none at all; False lets the model write any, which a small model may do for ever.

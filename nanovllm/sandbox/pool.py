@@ -19,7 +19,7 @@ from typing import Any
 
 from nanovllm.utils.child_process import import_path, inheritable
 
-_FOLDER = Path(__file__).resolve().parent
+_SERVE = Path(__file__).resolve().parent / "serve.py"
 _COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](**{!r})"
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)  # a full stack, or an allocation that failed in Rust
 
@@ -35,7 +35,7 @@ class Pool:
     no child is idle, one more starts, and the request takes the first that becomes idle.
 
     Args:
-        program: name of a module in this folder. The child does not import nanovllm's package, and with it torch.
+        program: name of a module in this folder. The child does not import torch.
         setup: arguments of the program's `prepare`, as plain data.
         failure: what a refused request means to the caller; errors start with it.
 
@@ -50,7 +50,7 @@ class Pool:
     wall_seconds = 300
 
     def __init__(self, program: str, setup: dict[str, Any], failure: str):
-        self.program = str(_FOLDER / f"{program}.py")
+        self.program = program
         self.failure = failure
         self._setup = json.dumps(setup).encode()
         self._closed = False
@@ -192,7 +192,7 @@ class _Child:
             raise OSError("sys.executable does not name Python")
         self.channel, theirs = Pipe()
         with theirs, inheritable(theirs.fileno()) as (descriptor,):
-            program = _COMMAND.format(import_path(), str(_FOLDER / "serve.py"), arguments | {"fd": descriptor})
+            program = _COMMAND.format(import_path(), str(_SERVE), arguments | {"fd": descriptor})
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", program],

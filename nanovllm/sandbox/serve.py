@@ -1,13 +1,14 @@
 """The main program of a child process; `pool` starts it by its path."""
 
+import importlib
 import json
 import resource
-import runpy
 import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _MAX_ERROR_CHARS = 500
@@ -20,12 +21,12 @@ def main(fd: int, program: str, memory: int) -> None:
         fd: of the connection to the parent. The first message has the arguments of the program's `prepare`. The reply
             says that this process is ready. Then two messages are a request: the CPU time it may take in seconds, and
             its data. If it takes more, the kernel ends this process (SIGPROF).
-        program: path of a file with `prepare`, which returns a function from a request to a reply.
+        program: a module of this folder with `prepare`, which returns a function from a request to a reply.
         memory: bytes that requests may take on top of what this process has once it is prepared.
     """
     channel = Connection(fd)
     try:
-        answer = runpy.run_path(program)["prepare"](**json.loads(channel.recv_bytes()))
+        answer = load(program).prepare(**json.loads(channel.recv_bytes()))
         lower_limit(resource.RLIMIT_CORE, 0)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent's choice to ignore or block it is inherited
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
@@ -42,6 +43,14 @@ def main(fd: int, program: str, memory: int) -> None:
             channel.send_bytes(answered)
     except (EOFError, OSError):
         return
+
+
+def load(program: str) -> ModuleType:
+    """Import a module of this folder, but not nanovllm's package, whose own code imports torch."""
+    package = ModuleType("nanovllm")
+    package.__path__ = [str(Path(__file__).parents[1])]
+    sys.modules["nanovllm"] = package
+    return importlib.import_module(f"nanovllm.sandbox.{program}")
 
 
 def lower_limit(kind: int, value: int) -> None:

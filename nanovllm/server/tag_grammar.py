@@ -7,7 +7,7 @@ from typing import Any
 import regex
 
 from nanovllm.checks import shown
-from nanovllm.sandbox.grammars import exact_pattern
+from nanovllm.sandbox.schemas import exact_pattern
 from nanovllm.server.call_grammars import CallGrammar, closed, dumps, json_value, lark_text
 from nanovllm.server.parsers.qwen3_coder import Qwen3CoderParser
 from nanovllm.server.schemas import Alternatives, as_json, choices, type_name, types_of

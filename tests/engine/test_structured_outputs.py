@@ -346,36 +346,6 @@ def test_lark_grammar_is_recognised_by_its_start_rule(grammars, tokenizer, mark)
     assert follows(found, tokenizer, "start: ab")
 
 
-@pytest.mark.parametrize(
-    ("rule", "inside", "outside"),
-    [
-        (r'"\u00e9a\U0001F600\x41"', ["éa😀A"], ["\ue9a0"]),
-        (r"[\u0041-\u0043]", ["A", "C"], ["D", "u"]),
-        (r"[^\u00e9\n]", ["a", "è"], ["é", "\n"]),
-        (".", ["\n", "a", "😀"], ["ab"]),
-        ("[a&&b]", ["a", "&", "b"], ["c"]),
-        ("[a~~b]", ["a", "~"], ["c"]),
-        ("[+--]", ["+", ",", "-"], [".", "a"]),
-        ("[--9]", ["-", "5"], [":"]),
-        ("[a-]", ["a", "-"], ["b"]),
-        (r'"\"\\" [/"\]\[^]', ['"\\/', '"\\"', '"\\]', '"\\[', '"\\^'], ['"\\a']),
-        ('"#." # "a" [', ["#."], ["#a"]),
-        ('("a"+)? "b"', ["b", "ab", "aab"], ["a"]),
-        ("([0-9]+){2}", ["12", "123"], ["1"]),
-        ('(("-"? ) # one\n)* ")?"', [")?", "-)?", "--)?"], ["-"]),
-    ],
-)
-def test_characters_and_groups_of_gbnf_are_those_of_llama_cpp(grammars, tokenizer, rule, inside, outside):
-    found = grammars.compile(grammar=f"root ::= {rule}")
-    assert [text for text in (*inside, *outside) if follows(found, tokenizer, text)] == inside
-
-
-def test_unknown_escape_in_gbnf_is_refused(grammars):
-    for rule in (r"[\d]", r'"\u12"', r'"\U00110000"'):
-        with pytest.raises(ValueError, match="structured_outputs cannot be compiled"):
-            grammars.compile(grammar=f"root ::= {rule}")
-
-
 def test_classes_of_a_pattern_are_those_of_javascript(grammars, tokenizer):
     token_filter = grammars.compile(json=json.dumps({"type": "string", "pattern": r"^\d\w\s$"}))
     assert follows(token_filter, tokenizer, '"7a\u00a0"')

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.sandbox.pool import Pool, TooCostly, _Child
+from nanovllm.sandbox.pool import _SERVE, Pool, TooCostly, _Child
 from nanovllm.utils.child_process import import_path
 from tests.helpers import wait_until
 
@@ -308,9 +308,12 @@ def test_a_child_ends_with_its_parent():
         pass
 
 
-def test_a_child_imports_neither_the_package_nor_torch():
+@pytest.mark.parametrize("program", ["templates", "grammars"])
+def test_a_child_imports_neither_the_packages_code_nor_torch(program):
     code = (
-        "import runpy, sys; runpy.run_path(sys.argv[1])['prepare'](); print({'torch', 'nanovllm'} & set(sys.modules))"
+        "import runpy, sys; load = runpy.run_path(sys.argv[1])['load']; assert load(sys.argv[2]).prepare\n"
+        "print('torch' in sys.modules, hasattr(sys.modules['nanovllm'], 'LLM'))"
     )
-    done = subprocess.run([sys.executable, "-c", code, made().program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    command = [sys.executable, "-c", code, str(_SERVE), program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"
