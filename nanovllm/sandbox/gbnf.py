@@ -25,7 +25,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _RANGE = re.compile(rf"({_CHARACTER})(?:-({_CHARACTER}))?", re.DOTALL)
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "[": "[", "]": "]"}
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 # -- the parts of a rule ----------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ class _Parser:
             code = int(digits, 16)
             if code <= _MAX_CODE and not 0xD800 <= code < 0xE000:
                 return code
-        elif kind in _ESCAPES:
-            return ord(_ESCAPES[kind])
+        elif kind in _ESCAPES or not kind.isalnum():  # llama.cpp knows \" \\ \[ \], and xgrammar \- too
+            return ord(_ESCAPES.get(kind, kind))
         return self._fail(token.start(), f"has the unknown escape {character}")
 
 
