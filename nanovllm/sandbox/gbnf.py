@@ -9,6 +9,7 @@ nothing: its first character tells it from what else may come, and each next cha
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 # Sets of characters are bits: one for each ASCII character, and one for all others.
@@ -29,40 +30,47 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 # -- the parts of a rule ----------------------------------------------------------------------------------------------
+# Not tuples: a text is not equal to a reference of the same letters.
 
 
-class Characters(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Characters:
     """One character of a class, with its regular expression."""
 
     regex: str
     bits: int
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Text:
     """A text in quotation marks, of at least one character."""
 
     text: str
 
 
-class Reference(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reference:
     """The name of a rule."""
 
     name: str
 
 
-class Sequence(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Sequence:
     """Parts one after another."""
 
     parts: tuple["Part", ...]
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Choice:
     """One of several parts."""
 
     parts: tuple["Part", ...]
 
 
-class Repeat(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Repeat:
     """A part at least `low` times, and at most `high` times unless that is None."""
 
     part: "Part"

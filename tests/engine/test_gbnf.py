@@ -83,6 +83,7 @@ castle ::= "O-O" "-O"?
         ["aabxy", "aabbxyzeecc"],
         ["aabx", "abxy", "aabxyzz"],
     ),
+    'root ::= ab "x" | "ab" "c" "y"\nab ::= [a-c]+': (["abx", "abcy", "abcx"], ["aby", "acy"]),
     'root ::= "(" root ")" | "[" root? "]" | "x"': (["(([x]))", "[[]]"], ["()", "(]"]),
 }
 
