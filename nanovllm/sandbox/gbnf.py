@@ -87,7 +87,13 @@ def convert(grammar: str) -> str:
     Raises:
         ValueError: it is wrong; the message has the place.
     """
-    rules = _Parser(grammar).rules()
+    try:
+        return _convert(_Parser(grammar).rules())
+    except RecursionError:
+        raise ValueError("the grammar is nested too deeply") from None
+
+
+def _convert(rules: Mapping[str, Part]) -> str:
     for name, part in rules.items():
         for reference in _references(part):
             if reference not in rules:

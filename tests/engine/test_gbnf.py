@@ -136,6 +136,7 @@ def test_characters_and_groups_are_those_of_llama_cpp(matcher, rule, inside, out
         ('root ::= "a"{3,2}', "has bounds in the wrong order"),
         ("root ::= [z-a]", "has a range in the wrong order"),
         ("root ::= []", "has no character"),
+        ("root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "the grammar is nested too deeply"),
         (r"root ::= [\d]", r"has the unknown escape \d"),
         (r'root ::= "\u12"', r"has the unknown escape \u"),
         (r'root ::= "\U00110000"', r"has the unknown escape \U00110000"),
