@@ -7,9 +7,13 @@ nothing: its first character tells it from what else may come, and each next cha
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 # Sets of characters are bits: one for each ASCII character, and one for all others.
@@ -18,6 +22,10 @@ _ALL = (_OTHERS << 1) - 1
 _MAX_CODE = 0x10FFFF
 # More pairs of lexemes that may come at the same place are not looked at: each character is a lexeme then.
 _MAX_PAIRS = 50_000
+# A rule that is larger is not one lexeme.
+_MAX_LEVELS = 50
+_MAX_NODES = 2000
+_MAX_STATES = 300
 
 _CHARACTER = r"(?:\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|[^\\])"
 _TOKEN = re.compile(
@@ -231,17 +239,21 @@ def _spelled(code: int) -> str:
     return character if character.isalnum() or code > 127 else f"\\x{code:02x}"
 
 
-def _references(part: Part) -> Iterator[str]:
-    """Yield the names of the rules that a part refers to."""
+def _parts(part: Part) -> Iterator[Part]:
+    """Yield a part and all parts in it."""
     waiting = [part]
     while waiting:
-        match waiting.pop():
-            case Reference(name):
-                yield name
-            case Sequence(parts) | Choice(parts):
-                waiting += parts
-            case Repeat(inner):
-                waiting.append(inner)
+        part = waiting.pop()
+        yield part
+        if isinstance(part, Sequence | Choice):
+            waiting += part.parts
+        elif isinstance(part, Repeat):
+            waiting.append(part.part)
+
+
+def _references(part: Part) -> Iterator[str]:
+    """Yield the names of the rules that a part refers to."""
+    return (each.name for each in _parts(part) if isinstance(each, Reference))
 
 
 def _with_more_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
@@ -274,63 +286,100 @@ def _with_more_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
 
 
 class _Shape(NamedTuple):
-    """What decides whether a regular part can be a lexeme.
+    """What decides whether a part of the grammar can be a lexeme.
 
     Args:
-        is_empty: whether it matches the empty text.
         first: the characters that it can start with.
         more: the characters that can go on after a whole match.
-        is_exact: whether each character has one meaning: it never both ends a part and goes on with it.
     """
 
-    is_empty: bool
     first: int
     more: int
-    is_exact: bool
 
 
-def _shape(part: Part, shapes: Mapping[str, _Shape]) -> _Shape | None:
-    """Return the shape of a part, or None if it refers to a rule that has none."""
+def _choose_lexemes(rules: Mapping[str, Part]) -> tuple[set[str], set[str]]:
+    """Return the rules and the texts that are lexemes."""
+    shapes = {name: shape for name, part in _regular_rules(rules).items() if (shape := _shape_of(part)) is not None}
+    lexemes = shapes.keys() - {"root"}
+    texts = {part.text for part in rules.values() for part in _parts(part) if isinstance(part, Text)}
+    texts = {text for text in texts if len(text) > 1}
+    while wrong := _find_conflicts(_Graph(Reference("root"), rules, lexemes, texts), shapes):
+        lexemes -= {part.name for part in wrong if isinstance(part, Reference)}
+        texts -= {part.text for part in wrong if isinstance(part, Text)}
+    return lexemes, texts
+
+
+def _regular_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
+    """Return the rules that refer to no rule that comes back to itself, with other rules' parts for their names.
+
+    Rules of more than `_MAX_LEVELS` levels of references are left out.
+    """
+    users: dict[str, list[str]] = {name: [] for name in rules}
+    num_missing = {}
+    for name, part in rules.items():
+        references = set(_references(part))
+        num_missing[name] = len(references)
+        for reference in references:
+            users[reference].append(name)
+    regular: dict[str, Part] = {}
+    ready = [name for name, count in num_missing.items() if count == 0]
+    for _ in range(_MAX_LEVELS):
+        regular |= {name: _without_references(rules[name], regular) for name in ready}
+        used = [user for name in ready for user in users[name]]
+        for user in used:
+            num_missing[user] -= 1
+        ready = [user for user in dict.fromkeys(used) if num_missing[user] == 0]
+    return regular
+
+
+def _without_references(part: Part, rules: Mapping[str, Part]) -> Part:
     match part:
-        case Characters(_, bits):
-            return _Shape(False, bits, 0, True)
-        case Text(text):
-            return _Shape(False, _bits(text[0]), 0, True)
         case Reference(name):
-            return shapes.get(name)
-        case Repeat(inner, low, high):
-            if (shape := _shape(inner, shapes)) is None:
-                return None
-            may_go_on = high != low or shape.is_empty
-            is_exact = shape.is_exact and (high == 1 or not shape.more & shape.first)
-            more = shape.more | (shape.first if may_go_on and high != 1 else 0)
-            return _Shape(low == 0 or shape.is_empty, shape.first, more, is_exact)
-        case Choice(parts) if all(isinstance(each, Text) for each in parts):
-            return _shape_of_texts([each.text for each in parts if isinstance(each, Text)])
-        case Choice(parts):
-            whole = _Shape(False, 0, 0, True)
-            for each in parts:
-                if (shape := _shape(each, shapes)) is None:
-                    return None
-                is_exact = whole.is_exact and shape.is_exact and not whole.first & shape.first
-                first, more = whole.first | shape.first, whole.more | shape.more
-                whole = _Shape(whole.is_empty or shape.is_empty, first, more, is_exact)
-            return whole
+            return rules[name]
         case Sequence(parts):
-            whole = _Shape(True, 0, 0, True)
-            for each in parts:
-                if (shape := _shape(each, shapes)) is None:
-                    return None
-                going_on = whole.more | (whole.first if whole.is_empty else 0)
-                is_exact = whole.is_exact and shape.is_exact and not going_on & shape.first
-                first = whole.first | (shape.first if whole.is_empty else 0)
-                more = shape.more | ((whole.more | shape.first) if shape.is_empty else 0)
-                whole = _Shape(whole.is_empty and shape.is_empty, first, more, is_exact)
-            return whole
+            return Sequence(tuple(_without_references(each, rules) for each in parts))
+        case Choice(parts):
+            return Choice(tuple(_without_references(each, rules) for each in parts))
+        case Repeat(inner, low, high):
+            return Repeat(_without_references(inner, rules), low, high)
+    return part
+
+
+def _shape_of(part: Part) -> _Shape | None:
+    """Return the shape of a part without references. Return None if it is too large, or matches the empty text."""
+    if isinstance(part, Choice) and all(isinstance(each, Text) for each in part.parts):
+        return _shape_of_texts([each.text for each in part.parts if isinstance(each, Text)])
+    try:
+        graph = _Graph(part, max_nodes=_MAX_NODES)
+    except _TooLargeError:
+        return None
+    bits = {node: _first(each) for node, each in graph.lexemes.items()}
+    kinds = [_ALL]  # sets of characters that the part does not tell apart
+    for mask in set(bits.values()):
+        kinds = [kind for old in kinds for kind in (old & mask, old & ~mask) if kind]
+    # A state is the set of the nodes that the next character may be.
+    start = frozenset(graph.next(graph.start))
+    if graph.end in start:
+        return None
+    more = 0
+    states = {start}
+    waiting = [start]
+    while waiting:
+        state = waiting.pop()
+        if graph.end in state:
+            more |= reduce(or_, (bits[node] for node in state))
+        for kind in kinds:
+            following = frozenset().union(*(graph.next(node) for node in state if bits[node] & kind))
+            if following not in states:
+                states.add(following)
+                waiting.append(following)
+        if len(states) > _MAX_STATES:
+            return None
+    return _Shape(reduce(or_, (bits[node] for node in start), 0), more)
 
 
 def _shape_of_texts(texts: list[str]) -> _Shape:
-    """Return the shape of a choice of texts, which is exact even where texts start alike: all of them are known."""
+    """Return the shape of a choice of texts, of which there may be thousands."""
     first = more = 0
     starts: list[str] = []  # texts that the present one starts with
     for text in sorted(set(texts)):
@@ -340,78 +389,67 @@ def _shape_of_texts(texts: list[str]) -> _Shape:
         if starts:
             more |= _bits(text[len(starts[-1])])
         starts.append(text)
-    return _Shape(False, first, more, True)
+    return _Shape(first, more)
 
 
 def _bits(character: str) -> int:
     return 1 << min(ord(character), 128)
 
 
-def _regular_rules(rules: Mapping[str, Part]) -> dict[str, _Shape]:
-    """Return the shapes of the rules that refer to no rule that comes back to itself."""
-    users: dict[str, list[str]] = {name: [] for name in rules}
-    num_missing = {}
-    for name, part in rules.items():
-        references = set(_references(part))
-        num_missing[name] = len(references)
-        for reference in references:
-            users[reference].append(name)
-    shapes: dict[str, _Shape] = {}
-    ready = [name for name, count in num_missing.items() if count == 0]
-    while ready:
-        name = ready.pop()
-        shape = _shape(rules[name], shapes)
-        assert shape is not None  # all rules that it refers to have one
-        shapes[name] = shape
-        for user in users[name]:
-            num_missing[user] -= 1
-            if num_missing[user] == 0:
-                ready.append(user)
-    return shapes
+def _first(part: Part | None) -> int:
+    """Return the characters that a class or a text can start with; none for the end of the grammar."""
+    return part.bits if isinstance(part, Characters) else _bits(part.text[0]) if isinstance(part, Text) else 0
 
 
-def _choose_lexemes(rules: Mapping[str, Part]) -> tuple[set[str], set[str]]:
-    """Return the rules and the texts that are lexemes."""
-    shapes = _regular_rules(rules)
-    lexemes = {name for name, shape in shapes.items() if shape.is_exact and not shape.is_empty and name != "root"}
-    texts = {part.text for rule in rules.values() for part in _texts(rule) if len(part.text) > 1}
-    while wrong := _Graph(rules, shapes, lexemes, texts).find_conflicts():
-        lexemes -= {part.name for part in wrong if isinstance(part, Reference)}
-        texts -= {part.text for part in wrong if isinstance(part, Text)}
-    return lexemes, texts
-
-
-def _texts(part: Part) -> Iterator[Text]:
-    waiting = [part]
-    while waiting:
-        match waiting.pop():
-            case Text() as text:
-                yield text
-            case Sequence(parts) | Choice(parts):
-                waiting += parts
-            case Repeat(inner):
-                waiting.append(inner)
+class _TooLargeError(Exception):
+    """A graph would have too many nodes."""
 
 
 class _Graph:
     """Which lexemes may follow which, whatever rules they are in. It may have more paths than the grammar.
 
-    A node is a lexeme that was read, or a place between lexemes.
+    A node is a lexeme that was read, or a place between lexemes. Where no more is said, a lexeme is a character.
+
+    Args:
+        part: where it starts.
+        rules: the rules that the part refers to, directly or not.
+        rule_lexemes, text_lexemes: rules and texts that are one lexeme.
+
+    Attributes:
+        start, end: the first and the last node. The last one is a lexeme too, which stands for the end.
+        lexemes: the lexemes of the nodes that are one.
     """
 
-    def __init__(self, rules: Mapping[str, Part], shapes: Mapping[str, _Shape], lexemes: set[str], texts: set[str]):
-        self.shapes, self.lexemes, self.texts = shapes, lexemes, texts
+    def __init__(
+        self,
+        part: Part,
+        rules: Mapping[str, Part] = MappingProxyType({}),
+        rule_lexemes: Collection[str] = (),
+        text_lexemes: Collection[str] = (),
+        max_nodes: float = math.inf,
+    ):
+        self.rule_lexemes, self.text_lexemes, self.max_nodes = rule_lexemes, text_lexemes, max_nodes
         self.edges: list[list[int]] = []
-        self.parts: dict[int, Part] = {}  # of the nodes that are lexemes
-        self._next_lexemes: dict[int, set[int]] = {}
-        self.starts = {name: self._node() for name in rules if name not in lexemes}
-        self.ends = {name: self._node() for name in self.starts}
+        self.lexemes: dict[int, Part | None] = {}
+        self._next: dict[int, set[int]] = {}
+        self.starts = {name: self._add_node() for name in rules if name not in rule_lexemes}
+        self.ends = {name: self._add_node() for name in self.starts}
         for name in self.starts:
             self._connect(self._add(rules[name], self.starts[name]), self.ends[name])
+        self.start = self._add_node()
+        self.end = self._add_lexeme(None, self._add(part, self.start))
 
-    def _node(self) -> int:
+    def _add_node(self) -> int:
+        if len(self.edges) >= self.max_nodes:
+            raise _TooLargeError
         self.edges.append([])
         return len(self.edges) - 1
+
+    def _add_lexeme(self, part: Part | None, start: int) -> int:
+        node = self._add_node()
+        self.lexemes[node] = part
+        self._connect(start, node)
+        return node
 
     def _connect(self, start: int, end: int) -> None:
         self.edges[start].append(end)
@@ -423,17 +461,17 @@ class _Graph:
                 for each in parts:
                     start = self._add(each, start)
                 return start
-            case Text(text) if len(text) > 1 and text not in self.texts:
+            case Text(text) if len(text) > 1 and text not in self.text_lexemes:
                 for character in text:
-                    start = self._add(Text(character), start)
+                    start = self._add_lexeme(Text(character), start)
                 return start
-        end = self._node()
-        match part:
             case Choice(parts):
+                end = self._add_node()
                 for each in parts:
                     self._connect(self._add(each, start), end)
+                return end
             case Repeat(inner, low, high):
-                before = self._node()
+                before, end = self._add_node(), self._add_node()
                 self._connect(start, before)
                 after = self._add(inner, before)
                 self._connect(after, end)
@@ -441,68 +479,68 @@ class _Graph:
                     self._connect(after, before)
                 if low == 0:
                     self._connect(before, end)
-            case Reference(name) if name not in self.lexemes:
+                return end
+            case Reference(name) if name not in self.rule_lexemes:
+                end = self._add_node()
                 self._connect(start, self.starts[name])
                 self._connect(self.ends[name], end)
-            case _:
-                self.parts[end] = part
-                self._connect(start, end)
-        return end
+                return end
+        return self._add_lexeme(part, start)
 
-    def _next(self, node: int) -> set[int]:
-        """Return the lexemes that may come after a node."""
-        if node not in self._next_lexemes:
+    def next(self, node: int) -> set[int]:
+        """Return the nodes of the lexemes that may come after a node."""
+        if node not in self._next:
             found = set()
             seen = {node}
             waiting = [node]
             while waiting:
                 for following in self.edges[waiting.pop()]:
-                    if following in self.parts:
+                    if following in self.lexemes:
                         found.add(following)
                     elif following not in seen:
                         seen.add(following)
                         waiting.append(following)
-            self._next_lexemes[node] = found
-        return self._next_lexemes[node]
+            self._next[node] = found
+        return self._next[node]
 
-    def find_conflicts(self) -> set[Part]:
-        """Return lexemes of several characters that might take one that belongs to what follows, or to another lexeme.
 
-        If too many lexemes may come at the same place, return all of them.
-        """
-        conflicts: set[Part] = set()
-        pairs: set[tuple[int, int]] = set()
-        waiting: list[tuple[int, int]] = []
-        following = self._next(self.starts["root"])
-        while True:
-            if len(following) ** 2 <= _MAX_PAIRS:
-                new = {(a, b) for a in following for b in following if a <= b} - pairs
-                pairs |= new
-                waiting += new
-            if len(following) ** 2 > _MAX_PAIRS or len(pairs) > _MAX_PAIRS:
-                return {*map(Reference, self.lexemes), *map(Text, self.texts)}
-            if not waiting:
-                return conflicts
-            a, b = waiting.pop()
-            following = set()
-            first, second = self.parts[a], self.parts[b]
-            shape, other = self._shape(first), self._shape(second)
-            if not shape.first & other.first:
-                continue  # the first character tells them apart
-            if first != second:
-                conflicts.update(part for part in (first, second) if self._is_long(part))
-            following = self._next(a) | self._next(b)
-            if first == second and any(shape.more & self._shape(self.parts[node]).first for node in following):
-                conflicts.add(first)
+def _find_conflicts(graph: _Graph, shapes: Mapping[str, _Shape]) -> set[Part]:
+    """Return lexemes that might take a character that belongs to what follows, or to another lexeme.
 
-    def _shape(self, part: Part) -> _Shape:
-        shape = _shape(part, self.shapes)
-        assert shape is not None  # a lexeme is regular
-        return shape
+    If too many lexemes may come at the same place, return all that may have more than one character.
+    """
 
-    def _is_long(self, part: Part) -> bool:
-        """Return whether a lexeme may have more than one character."""
+    def shape_of(part: Part | None) -> _Shape:
+        return shapes[part.name] if isinstance(part, Reference) else _Shape(_first(part), 0)
+
+    def may_be_long(part: Part | None) -> bool:
         return isinstance(part, Reference) or (isinstance(part, Text) and len(part.text) > 1)
+
+    conflicts: set[Part] = set()
+    pairs: set[tuple[int, int]] = set()  # of nodes that may come at the same place
+    waiting: list[tuple[int, int]] = []
+    following = graph.next(graph.start)
+    while True:
+        if len(following) ** 2 <= _MAX_PAIRS:
+            new = {(a, b) for a in following for b in following if a <= b} - pairs
+            pairs |= new
+            waiting += new
+        if len(following) ** 2 > _MAX_PAIRS or len(pairs) > _MAX_PAIRS:
+            return {part for part in graph.lexemes.values() if part is not None and may_be_long(part)}
+        if not waiting:
+            return conflicts
+        a, b = waiting.pop()
+        following = set()
+        first, second = graph.lexemes[a], graph.lexemes[b]
+        shape = shape_of(first)
+        if not shape.first & shape_of(second).first:
+            continue  # the first character tells them apart
+        if first != second:
+            conflicts.update(part for part in (first, second) if part is not None and may_be_long(part))
+        following = graph.next(a) | graph.next(b)
+        may_go_on = any(shape.more & shape_of(graph.lexemes[node]).first for node in following)
+        if first == second and first is not None and may_go_on:
+            conflicts.add(first)
 
 
 # -- Lark's notation --------------------------------------------------------------------------------------------------

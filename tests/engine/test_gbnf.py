@@ -154,6 +154,8 @@ def test_lexemes_are_as_long_as_they_can_be():
     string = r'string ::= "\"" ([^"\\] | "\\" ["\\nrt])* "\""'
     assert "RULE" in convert('root ::= "{" string ":" string "}"\n' + string)
     assert "RULE" in convert('root ::= ([^\\n]+ "\\n")*')
+    twice = r'string ::= "\"" ([^"\\] | "\\" ["\\nrt] | "\\" "u" [0-9a-f]{4})* "\""'  # two parts start alike
+    assert "RULE" in convert(r'root ::= "\"key\":" string ("," string)* ":"' + "\n" + twice)
     assert "RULE" in convert("root ::= " + " | ".join(f'"word{i}"' for i in range(1000)))
     assert "RULE" not in convert('root ::= word "a"\nword ::= [a-z]+')
 
