@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from nanovllm.sandbox.gbnf import Characters, Choice, Reference, Repeat, Sequence, Text, _Parser, convert
+from nanovllm.sandbox.gbnf import convert
+from nanovllm.sandbox.gbnf_parser import Characters, Choice, Reference, Repeat, Sequence, Text, parse
 from nanovllm.sandbox.grammars import compile_grammar, make_tokenizer
 
 LETTERS = "abcé"
@@ -193,7 +194,7 @@ class Recognizer:
     """Says which texts match, by sets of the places where each rule may end. It has no lexemes."""
 
     def __init__(self, grammar):
-        self.rules = _Parser(grammar).rules()
+        self.rules = parse(grammar)
 
     def matches(self, text):
         self.text = text
