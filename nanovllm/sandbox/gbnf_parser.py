@@ -106,7 +106,35 @@ def parse(grammar: str) -> dict[str, Part]:
                 raise ValueError(f"the rule {name} refers to {reference!r:.100}, which is not defined")
     if "root" not in rules:
         raise ValueError("the grammar has no rule root")
+    if endless := rules.keys() - _ending_rules(rules):
+        raise ValueError(f"the rule {min(endless)} never ends, because it always refers to itself")
     return rules
+
+
+def _ending_rules(rules: dict[str, Part]) -> set[str]:
+    """Return the rules that some text matches."""
+    ending: set[str] = set()
+
+    def can_end(part: Part) -> bool:
+        match part:
+            case Reference(name):
+                return name in ending
+            case Sequence(parts):
+                return all(map(can_end, parts))
+            case Choice(parts):
+                return any(map(can_end, parts))
+            case Repeat(inner, low):
+                return low == 0 or can_end(inner)
+        return True
+
+    # Rules usually refer to later ones, so that few rounds are needed.
+    num_before = -1
+    while len(ending) > num_before:
+        num_before = len(ending)
+        for name in reversed(rules):
+            if name not in ending and can_end(rules[name]):
+                ending.add(name)
+    return ending
 
 
 class _Parser:

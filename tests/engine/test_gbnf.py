@@ -129,6 +129,7 @@ def test_characters_and_groups_are_those_of_llama_cpp(matcher, rule, inside, out
         ("root ::= word", "the rule root refers to 'word', which is not defined"),
         ('root ::= "a"\nroot ::= "b"', "line 2 of the grammar: 'root ::= \"b\"' is defined before"),
         ('root ::= "a"\n\n  & "b"', "line 3 of the grammar: '& \"b\"' cannot be read"),
+        ('root ::= "a" again | "b"\nagain ::= ("c" | root) again', "the rule again never ends"),
         ('root ::= "a', "cannot be read"),
         ('"a"', "does not belong to a rule"),
         ('root ::= "a" )', "does not belong to a rule"),
