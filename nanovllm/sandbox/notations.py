@@ -123,13 +123,13 @@ def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
-# A Lark grammar starts a line with one of these. `?` and `!` before a rule are Lark's, `::=` is GBNF's.
-_LARK_START = re.compile(r"^[ \t]*(?:%llguidance\b|[?!]?start\b[^:\n]*:(?!:=))", re.MULTILINE)
+# Only GBNF has rules like this.
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+\s*::=", re.MULTILINE)
 
 
 def _lark(grammar: str) -> str:
     """Return a grammar of either notation in Lark's."""
-    return grammar if _LARK_START.search(grammar) else gbnf.convert(grammar)
+    return gbnf.convert(grammar) if _GBNF_RULE.search(grammar) else grammar
 
 
 _LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')

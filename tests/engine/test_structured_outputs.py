@@ -339,11 +339,15 @@ def test_classes_of_a_regular_expression_are_ascii(grammars, tokenizer, expressi
 
 
 @pytest.mark.parametrize("mark", ["", "?", "!"])
-def test_lark_grammar_is_recognised_by_its_start_rule(grammars, tokenizer, mark):
+def test_notation_of_a_grammar_is_recognised_by_its_rules(grammars, tokenizer, mark):
     found = grammars.compile(grammar=f'\n{mark}start : sum\n?sum: NUMBER | sum "+" NUMBER\n%import common.NUMBER\n')
     assert follows(found, tokenizer, "1+2") and not follows(found, tokenizer, "1-")
     found = grammars.compile(grammar='root ::= begin "b"\nbegin ::= "start: a" # start: c')
     assert follows(found, tokenizer, "start: ab")
+    found = grammars.compile(grammar='root ::= a |\n  start ":" a\nstart ::= "s"\na ::= "x"')
+    assert follows(found, tokenizer, "s:x")
+    found = grammars.compile(grammar='// root ::= "b"\nstart: "a ::= " /c/')
+    assert follows(found, tokenizer, "a ::= c")
 
 
 def test_classes_of_a_pattern_are_those_of_javascript(grammars, tokenizer):
