@@ -37,8 +37,10 @@ def _with_more_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
 
     def rewrite(part: Part) -> Part:
         match part:
-            case Choice(parts) if all(isinstance(each, Text) for each in parts):
-                return rule_of(part)
+            case Choice(parts) if len(texts := [each for each in parts if isinstance(each, Text)]) > 1:
+                others = [rewrite(each) for each in parts if not isinstance(each, Text)]
+                choice = rule_of(Choice(tuple(texts)))
+                return Choice((choice, *others)) if others else choice
             case Repeat(Characters() as inner, low, None):
                 repeated = rule_of(Repeat(inner, max(low, 1), None))
                 return repeated if low else Repeat(repeated, 0, 1)
@@ -56,7 +58,7 @@ def _with_more_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
 
 def _write(rules: Mapping[str, Part], lexemes: set[str], texts: set[str]) -> str:
     """Return the rules in Lark's notation. Names of rules have small letters there, and those of terminals capitals."""
-    names = {name: "start" if name == "root" else f"rule_{i}" for i, name in enumerate(rules)}
+    names = {name: f"rule_{i}" for i, name in enumerate(rules)}
 
     def write(part: Part, within_lexeme: bool) -> str:
         match part:
@@ -76,13 +78,12 @@ def _write(rules: Mapping[str, Part], lexemes: set[str], texts: set[str]) -> str
                 bounds = _MARKS.get((low, high)) or (f"{{{low}}}" if low == high else f"{{{low},{most}}}")
                 return f"({write(inner, within_lexeme)}){bounds}"
 
-    terminals: set[str] = set()
-    waiting = list(lexemes)
+    lines = {"start": write(Reference("root"), within_lexeme=False)}
+    waiting = [("root", "root" in lexemes)]
     while waiting:
-        name = waiting.pop()
-        if name not in terminals:
-            terminals.add(name)
-            waiting += references(rules[name])
-    lines = [f"{names[name]}: {write(part, False)}" for name, part in rules.items() if name not in lexemes]
-    lines += [f"{names[name].upper()}: {write(rules[name], True)}" for name in rules if name in terminals]
-    return "\n".join(lines) + "\n"
+        name, is_lexeme = waiting.pop()
+        rule = names[name].upper() if is_lexeme else names[name]
+        if rule not in lines:
+            lines[rule] = write(rules[name], within_lexeme=is_lexeme)
+            waiting += [(each, is_lexeme or each in lexemes) for each in references(rules[name])]
+    return "".join(f"{rule}: {part}\n" for rule, part in lines.items())

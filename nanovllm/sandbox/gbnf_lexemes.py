@@ -43,8 +43,11 @@ class _Shape(NamedTuple):
 
 def choose_lexemes(rules: Mapping[str, Part]) -> tuple[set[str], set[str]]:
     """Return the rules and the texts that are lexemes."""
-    shapes = {name: shape for name, part in _regular_rules(rules).items() if (shape := _shape_of(part)) is not None}
-    lexemes = shapes.keys() - {"root"}
+    regular = _regular_rules(rules)
+    if "root" in regular and _is_small(regular["root"]):
+        return {"root"}, set()
+    shapes = {name: shape for name, part in regular.items() if (shape := _shape_of(part)) is not None}
+    lexemes = set(shapes)
     texts = {part.text for part in rules.values() for part in parts_of(part) if isinstance(part, Text)}
     texts = {text for text in texts if len(text) > 1}
     while wrong := _find_conflicts(_Graph(Reference("root"), rules, lexemes, texts), shapes):
@@ -87,6 +90,15 @@ def _without_references(part: Part, rules: Mapping[str, Part]) -> Part:
         case Repeat(inner, low, high):
             return Repeat(_without_references(inner, rules), low, high)
     return part
+
+
+def _is_small(part: Part) -> bool:
+    """Return whether a part without references can be one lexeme of llguidance's lexer."""
+    try:
+        _Graph(part, max_nodes=_MAX_NODES)
+    except _TooLargeError:
+        return False
+    return True
 
 
 def _shape_of(part: Part) -> _Shape | None:
