@@ -114,15 +114,19 @@ class Scheduler:
     def update(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
         """Take in the results of a step.
 
-        Tokens and logprobs of sequences that have finished in the meantime are dropped.
+        Tokens and logprobs of sequences that have finished in the meantime are dropped. So are those of a sequence
+        whose mask allowed no token.
 
         Returns:
-            The sequences that have new tokens, in the order of their rows. Some may have finished.
+            The sequences that have new tokens or have finished, in the order of their rows.
         """
+        changed = []
         for seq in step.sequences:
             seq.num_in_flight -= 1
+            if seq.status is not Status.FINISHED and seq.token_filter and (error := seq.token_filter.error):
+                self.finish(seq, "abort", error)
+                changed.append(seq)
         self._take_logprobs(step, output)
-        changed = []
         for seq, token_ids in zip(step.sequences, output.token_ids, strict=True):
             if not token_ids:
                 continue  # its row was not sampled

@@ -132,7 +132,7 @@ def _lark(grammar: str) -> str:
     return gbnf.convert(grammar) if _GBNF_RULE.search(grammar) else grammar
 
 
-_LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
+_LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 
 
 def _with_tokens(lark: str, text_tokens: dict[str, int], special_tokens: dict[str, int]) -> str:

@@ -498,13 +498,34 @@ def test_a_request_whose_bad_words_leave_no_token_ends_and_says_so(speaking):
         with pytest.raises(ValueError, match="min_tokens, allowed_token_ids and bad_words leave no token"):
             llm.add_request("Hello", SamplingParams(bad_words=["ok"], min_tokens=4, **options))
         for min_tokens in (0, 1, 4):
-            params = SamplingParams(bad_words=["ok ok"], min_tokens=min_tokens, **options)
+            params = SamplingParams(bad_words=["ok ok"], min_tokens=min_tokens, logprobs=1, **options)
             (output,) = llm.generate("Hello", params)
             if min_tokens < 2:
                 assert (output.token_ids, output.finish_reason) == ([word, 2], "stop")
             else:
-                assert (output.token_ids, output.finish_reason) == ([word, word], "abort")
+                assert (output.token_ids, output.finish_reason) == ([word], "abort")
                 assert output.outputs[0].stop_reason == "bad_words leave no token that could be sampled next"
+            assert len(output.outputs[0].logprobs) == len(output.token_ids)
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_a_structured_output_that_min_tokens_blocks_ends_before_the_blocked_token(speaking, mode):
+    with engine(speaking, logprobs_mode=mode) as llm:
+        (end,) = llm.tokenizer.encode("!", add_special_tokens=False)
+        params = SamplingParams(
+            structured_outputs=StructuredOutputsParams(regex="ok!"),
+            stop_token_ids=[end],
+            min_tokens=10,
+            max_tokens=20,
+            logprobs=1,
+        )
+        other = llm.generate("Hello", greedy(9))[0].token_ids
+        outputs = llm.generate(["Hello"] * 2, [params, greedy(9)])
+    (sample,) = outputs[0].outputs
+    assert (sample.text, sample.finish_reason) == ("ok", "abort")
+    assert sample.stop_reason == "min_tokens forbids all tokens that the grammar lets follow"
+    assert len(sample.logprobs) == len(sample.token_ids) and math.isfinite(sample.cumulative_logprob)
+    assert outputs[1].token_ids == other
 
 
 def test_special_tokens_are_in_the_text_only_if_not_skipped(speaking):

@@ -224,6 +224,7 @@ def test_tokens_are_named_in_lark_grammars(grammars, tokenizer):
         assert {token_id, *tokenizer.convert_tokens_to_ids(others)} == set(allowed(token_filter))
         token_filter.accept(token_id)
     assert follows(token_filter, tokenizer, "/think>")
+    assert follows(grammars.compile(grammar='start: "a" # no <think>, and no %json {x}\n'), tokenizer, "a")
 
 
 @pytest.mark.parametrize(
