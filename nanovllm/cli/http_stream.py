@@ -34,14 +34,16 @@ def base_url(url: str) -> str:
     except ValueError:  # of the port or of an IPv6 address
         is_valid = False
     if not is_valid or not url.isascii() or not url.isprintable() or any(character in url for character in " ?#"):
-        raise ValueError(f"url must be like http://127.0.0.1:8000, got {url!r:.200}")
-    return url.rstrip("/").removesuffix("/v1")
+        raise ValueError(f"url must be like http://127.0.0.1:8000, got {public_url(url)!r:.200}")
+    parts = urlsplit(url)
+    return parts._replace(path=parts.path.rstrip("/").removesuffix("/v1")).geturl()
 
 
 def public_url(url: str) -> str:
-    """Return a URL without the user and password in it, for messages and reports."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """Return a URL without the user and password in it, for messages and reports. It may be wrong, or lack a scheme."""
+    login, _, address = url.rpartition("@")
+    scheme, has_scheme, _ = login.partition("://")
+    return f"{scheme}://{address}" if has_scheme else address
 
 
 def check_key(api_key: str, url: str) -> str:
@@ -74,8 +76,8 @@ class Server:
         lines = [f"Host: {parts.netloc.rpartition('@')[2]}", "Content-Type: application/json", "Connection: close"]
         if api_key is not None:
             lines.append(f"Authorization: Bearer {check_key(api_key, url)}")
-        elif parts.username:
-            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        elif "@" in parts.netloc:
+            login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
             lines.append(f"Authorization: Basic {base64.b64encode(login.encode()).decode()}")
         self._lines = lines
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from functools import reduce
+from itertools import combinations_with_replacement
 from operator import or_
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,11 +22,12 @@ from nanovllm.sandbox.gbnf_parser import (
     references,
 )
 
-# More pairs of lexemes that may come at the same place are not looked at: each character is a lexeme then.
-_MAX_PAIRS = 50_000
+# Bounds the pairs of lexemes that are compared, and how often. After that, each character is a lexeme.
+_MAX_WORK = 300_000
+_MAX_ROUNDS = 5
 # A rule that is larger is not one lexeme.
 _MAX_LEVELS = 50
-_MAX_NODES = 2000
+_MAX_PARTS = 2000
 _MAX_STATES = 300
 
 
@@ -50,10 +52,13 @@ def choose_lexemes(rules: Mapping[str, Part]) -> tuple[set[str], set[str]]:
     lexemes = set(shapes)
     texts = {part.text for part in rules.values() for part in parts_of(part) if isinstance(part, Text)}
     texts = {text for text in texts if len(text) > 1}
-    while wrong := _find_conflicts(_Graph(Reference("root"), rules, lexemes, texts), shapes):
+    for _ in range(_MAX_ROUNDS):
+        wrong = _find_conflicts(_Graph(Reference("root"), rules, lexemes, texts), shapes)
+        if not wrong:
+            return lexemes, texts
         lexemes -= {part.name for part in wrong if isinstance(part, Reference)}
         texts -= {part.text for part in wrong if isinstance(part, Text)}
-    return lexemes, texts
+    return set(), set()
 
 
 def _regular_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
@@ -95,8 +100,8 @@ def _without_references(part: Part, rules: Mapping[str, Part]) -> Part:
 def _is_small(part: Part) -> bool:
     """Return whether a part without references can be one lexeme of llguidance's lexer."""
     try:
-        _Graph(part, max_nodes=_MAX_NODES)
-    except _TooLargeError:
+        _Graph(part, max_parts=_MAX_PARTS)
+    except (_TooLargeError, RecursionError):
         return False
     return True
 
@@ -106,8 +111,8 @@ def _shape_of(part: Part) -> _Shape | None:
     if isinstance(part, Choice) and all(isinstance(each, Text) for each in part.parts):
         return _shape_of_texts([each.text for each in part.parts if isinstance(each, Text)])
     try:
-        graph = _Graph(part, max_nodes=_MAX_NODES)
-    except _TooLargeError:
+        graph = _Graph(part, max_parts=_MAX_PARTS)
+    except (_TooLargeError, RecursionError):
         return None
     bits = {node: _first(each) for node, each in graph.lexemes.items()}
     kinds = [ALL]  # sets of characters that the part does not tell apart
@@ -154,7 +159,7 @@ def _first(part: Part | None) -> int:
 
 
 class _TooLargeError(Exception):
-    """A graph would have too many nodes."""
+    """A graph would have too many parts."""
 
 
 class _Graph:
@@ -178,9 +183,9 @@ class _Graph:
         rules: Mapping[str, Part] = MappingProxyType({}),
         rule_lexemes: Collection[str] = (),
         text_lexemes: Collection[str] = (),
-        max_nodes: float = math.inf,
+        max_parts: float = math.inf,
     ):
-        self.rule_lexemes, self.text_lexemes, self.max_nodes = rule_lexemes, text_lexemes, max_nodes
+        self.rule_lexemes, self.text_lexemes, self.parts_left = rule_lexemes, text_lexemes, max_parts
         self.edges: list[list[int]] = []
         self.lexemes: dict[int, Part | None] = {}
         self._next: dict[int, set[int]] = {}
@@ -192,8 +197,6 @@ class _Graph:
         self.end = self._add_lexeme(None, self._add(part, self.start))
 
     def _add_node(self) -> int:
-        if len(self.edges) >= self.max_nodes:
-            raise _TooLargeError
         self.edges.append([])
         return len(self.edges) - 1
 
@@ -208,6 +211,9 @@ class _Graph:
 
     def _add(self, part: Part, start: int) -> int:
         """Add a part after the node `start`. Return the node after it."""
+        self.parts_left -= len(part.text) if isinstance(part, Text) else 1
+        if self.parts_left < 0:
+            raise _TooLargeError
         match part:
             case Sequence(parts):
                 for each in parts:
@@ -269,27 +275,30 @@ def _find_conflicts(graph: _Graph, shapes: Mapping[str, _Shape]) -> set[Part]:
         return isinstance(part, Reference) or (isinstance(part, Text) and len(part.text) > 1)
 
     conflicts: set[Part] = set()
-    pairs: set[tuple[int, int]] = set()  # of nodes that may come at the same place
-    waiting: list[tuple[int, int]] = []
-    following = graph.next(graph.start)
-    while True:
-        if len(following) ** 2 <= _MAX_PAIRS:
-            new = {(a, b) for a in following for b in following if a <= b} - pairs
-            pairs |= new
-            waiting += new
-        if len(following) ** 2 > _MAX_PAIRS or len(pairs) > _MAX_PAIRS:
-            return {part for part in graph.lexemes.values() if part is not None and may_be_long(part)}
-        if not waiting:
-            return conflicts
-        a, b = waiting.pop()
-        following = set()
-        first, second = graph.lexemes[a], graph.lexemes[b]
-        shape = shape_of(first)
-        if not shape.first & shape_of(second).first:
-            continue  # the first character tells them apart
-        if first != second:
-            conflicts.update(part for part in (first, second) if part is not None and may_be_long(part))
-        following = graph.next(a) | graph.next(b)
-        may_go_on = any(shape.more & shape_of(graph.lexemes[node]).first for node in following)
-        if first == second and first is not None and may_go_on:
-            conflicts.add(first)
+    first_place = frozenset(graph.next(graph.start))
+    places = {first_place}  # sets of nodes that may come next
+    waiting = [first_place]
+    done: set[tuple[int, int]] = set()
+    work = 0
+    while waiting:
+        place = waiting.pop()
+        work += len(place) ** 2
+        for a, b in combinations_with_replacement(sorted(place), 2):
+            if work > _MAX_WORK:
+                return {part for part in graph.lexemes.values() if part is not None and may_be_long(part)}
+            first, second = graph.lexemes[a], graph.lexemes[b]
+            shape = shape_of(first)
+            if (a, b) in done or not shape.first & shape_of(second).first:
+                continue  # the first character tells them apart
+            done.add((a, b))
+            if first != second:
+                conflicts.update(part for part in (first, second) if part is not None and may_be_long(part))
+            following = frozenset(graph.next(a) | graph.next(b))
+            may_go_on = any(shape.more & shape_of(graph.lexemes[node]).first for node in following)
+            if first == second and first is not None and may_go_on:
+                conflicts.add(first)
+            work += len(following)
+            if following not in places:
+                places.add(following)
+                waiting.append(following)
+    return conflicts

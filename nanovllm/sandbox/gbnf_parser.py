@@ -127,11 +127,11 @@ def _ending_rules(rules: dict[str, Part]) -> set[str]:
                 return low == 0 or can_end(inner)
         return True
 
-    # Rules usually refer to later ones, so that few rounds are needed.
+    # Rules usually refer to later ones, or to earlier ones, so that few rounds are needed.
     num_before = -1
     while len(ending) > num_before:
         num_before = len(ending)
-        for name in reversed(rules):
+        for name in (*reversed(rules), *rules):
             if name not in ending and can_end(rules[name]):
                 ending.add(name)
     return ending

@@ -125,11 +125,17 @@ def _literal(text: str) -> str:
 
 # Only GBNF has rules like this.
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+\s*::=", re.MULTILINE)
+# llguidance gives the temperature of a rule to its caller, which would have to obey it.
+_RULE_TEMPERATURE = re.compile(r"^[ \t]*[?!]*[\w.]+\s*\[[^\]\n]*\btemperature\s*=", re.MULTILINE)
 
 
 def _lark(grammar: str) -> str:
     """Return a grammar of either notation in Lark's."""
-    return gbnf.convert(grammar) if _GBNF_RULE.search(grammar) else grammar
+    if _GBNF_RULE.search(grammar):
+        return gbnf.convert(grammar)
+    if found := _RULE_TEMPERATURE.search(grammar):
+        raise ValueError(f"a rule cannot have a temperature, got {found[0].strip()!r:.100}")
+    return grammar
 
 
 _LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')

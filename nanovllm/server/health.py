@@ -10,7 +10,7 @@ from nanovllm.server.metrics import CONTENT_TYPE
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
 
-# How long the engine may take to reply. It replies between steps, and no step takes as long.
+# How long the engine may take to reply. It replies between steps, which are far shorter on a GPU.
 _REPLY_SECONDS = 60
 
 
@@ -25,11 +25,11 @@ def routes(state: ServerState) -> APIRouter:
         if state.admission.draining:
             raise ApiError(503, "the server is about to stop", code="draining")
         try:
-            await asyncio.wait_for(state.llm.check_health(), _REPLY_SECONDS)
+            is_asleep = await asyncio.wait_for(_check(state), _REPLY_SECONDS)
         except asyncio.TimeoutError:  # Python 3.10 has two kinds
             message = f"the engine has not replied for {_REPLY_SECONDS} s"
             raise ApiError(503, message, code="engine_unavailable") from None
-        if await state.llm.is_sleeping():
+        if is_asleep:
             raise ApiError(503, "the engine is asleep", code="asleep")
         return Response()
 
@@ -46,3 +46,9 @@ def routes(state: ServerState) -> APIRouter:
         return Response(state.metrics.render(engine), media_type=CONTENT_TYPE)
 
     return router
+
+
+async def _check(state: ServerState) -> bool:
+    """Return whether the engine is asleep. Raise RuntimeError if it is closed or has failed."""
+    await state.llm.check_health()
+    return await state.llm.is_sleeping()

@@ -168,6 +168,10 @@ LARGE = {
     "choices": "root ::= " + " | ".join(f'"w{i} x"' for i in range(10_000)),
     "overlaps": "root ::= (" + " | ".join(f"[a-z{i}]+ [a-y]*" for i in range(300)) + ")*",
     "doubled": "\n".join(["root ::= d0", *(f"d{i} ::= d{i + 1} d{i + 1}" for i in range(40)), "d40 ::= [a-z]"]),
+    "doubled nothing": "\n".join(["root ::= d0", *(f"d{i} ::= d{i + 1} d{i + 1}" for i in range(40)), 'd40 ::= ""']),
+    "loop": "root ::= (" + " | ".join(f"[a-z{chr(256 + i)}] root?" for i in range(300)) + ")*",
+    "bottom up": "\n".join(['r0 ::= "b"', *(f'r{i} ::= "a" r{i - 1}' for i in range(1, 3000)), "root ::= r2999"]),
+    "deep": "\n".join(["root ::= d0", *(f"d{i} ::= {'(' * 12}d{i + 1}{')?' * 12}" for i in range(45)), 'd45 ::= "a"']),
     "text": 'root ::= "' + "a" * 1_000_000 + '"',
 }
 

@@ -217,6 +217,11 @@ def test_added_tokens_are_sampled_where_their_text_may_follow_and_special_ones_a
     assert think in either and im not in either
 
 
+def test_temperature_of_a_lark_rule_is_refused(grammars):
+    with pytest.raises(ValueError, match=r"a rule cannot have a temperature, got 'x\[temperature='"):
+        grammars.compile(grammar='start: x\nx[temperature=5]: "a"\n')
+
+
 def test_tokens_are_named_in_lark_grammars(grammars, tokenizer):
     think, im = tokenizer.convert_tokens_to_ids(["<think>", "<|im|>"])
     token_filter = grammars.compile(grammar='start: <think> "<think>" <|im|> /[\\/<]think>/ // <think>\n')

@@ -22,7 +22,7 @@ from nanovllm.cli.bench_serve import BenchOptions, arrivals, make_requests
 from nanovllm.cli.chat import HELP, SETTINGS, Chat, ChatOptions
 from nanovllm.cli.chat_models import Counts, EngineModel, ServerModel
 from nanovllm.cli.flags import argument_docs, flag, parse_value
-from nanovllm.cli.http_stream import Answer, Server
+from nanovllm.cli.http_stream import Answer, Server, base_url
 from nanovllm.cli.main import main
 from nanovllm.config import Config
 from nanovllm.server.events import Text, Thinking
@@ -119,6 +119,8 @@ def test_api_key_comes_from_the_environment_unless_the_flag_is_given(served, mon
         (["serve", "--dtype", "int4"], "dtype must be one of"),
         (["serve", "--max-num-seq", "4"], "unrecognized arguments: --max-num-seq"),
         (["chat", "--url", "localhost:8000"], "url must be like http://127.0.0.1:8000"),
+        (["chat", "--url", "http://u:p@h:99999"], "got 'http://h:99999'"),
+        (["bench", "serve", "--url", "http://u:[@h"], "got 'http://h'"),
         (["chat", "--api-key", "k"], "api_key needs a url"),
         (["chat", "--url", "http://u:p@h", "--api-key", "k"], "api_key cannot be sent beside a user in the url"),
         (["bench", "serve", "--url", "http://u:p@h", "--api-key", "k"], "api_key cannot be sent beside a user"),
@@ -638,10 +640,11 @@ def test_proxy_variables_that_no_client_can_use_are_an_error_in_one_line(capsys,
 
 
 def test_a_proxy_that_cannot_be_reached_is_named_without_its_password(capsys, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:1")
-    assert main(["chat", "--url", "http://me:mine@192.0.2.1:8000"]) == 1
-    error = capsys.readouterr().err
-    assert "cannot reach http://192.0.2.1:8000 through the environment's proxy http://127.0.0.1:1: " in error
+    for scheme in ("http://", ""):
+        monkeypatch.setenv("http_proxy", f"{scheme}user:secret@127.0.0.1:1")
+        assert main(["chat", "--url", "http://me:mine@192.0.2.1:8000"]) == 1
+        error = capsys.readouterr().err
+        assert f"cannot reach http://192.0.2.1:8000 through the environment's proxy {scheme}127.0.0.1:1: " in error
 
 
 @pytest.mark.parametrize(
@@ -666,6 +669,19 @@ def test_user_and_password_of_a_url_are_sent_and_not_shown(command, capsys, monk
 def test_options_of_an_engine_are_refused_with_a_url(capsys):
     assert main(["chat", "--url", "http://127.0.0.1:1", "--device", "cpu"]) == 1
     assert "not for --url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://v1", "http://v1"),
+        ("http://v1/v1/", "http://v1"),
+        ("https://h:8/a/v1", "https://h:8/a"),
+        ("http://h/", "http://h"),
+    ],
+)
+def test_a_url_may_end_with_v1(url, base):
+    assert base_url(url) == base
 
 
 def test_chat_options_check_their_types():
