@@ -420,6 +420,9 @@ class LLM:
         """Give back memory and processes. May be called again, and goes on where it was interrupted.
 
         Another thread's call, such as `generate`, raises RuntimeError at its next step, which this waits for.
+
+        Raises:
+            RuntimeError: weights are being updated. Nothing is closed.
         """
         self.llm_engine.close()
 

@@ -258,8 +258,6 @@ class WeightUpdate:
                         self._finish_layer(target)
                 except ValueError as error:
                     raise ValueError(f"the tensor {given:.200} {error}") from None
-            if self.quantized is not None:
-                self.quantized.copy_waiting()
         return names
 
     def _separate(

@@ -412,7 +412,8 @@ class LLMEngine:
         if self.guard.is_forked:
             return  # the resources are the parent's
         if self.guard.updating:
-            raise RuntimeError("update_weights is running; the code that makes its weights cannot close the engine")
+            # The code that makes the weights may be calling, or another thread, which could wait for it for ever.
+            raise RuntimeError("update_weights is running; close the engine when it has ended")
         with DeferInterrupts():
             self.guard.closed = True
             if hasattr(self, "input_processor"):  # else the constructor did not get that far

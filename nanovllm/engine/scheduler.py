@@ -214,6 +214,7 @@ class Scheduler:
         """
         while num_missing > self.block_manager.num_free and seq.placement is not None:
             self._preempt(self.running[-1])
+            self.num_preemptions += 1
         return seq.placement is not None
 
     def _preempt(self, seq: Sequence) -> None:
@@ -227,7 +228,6 @@ class Scheduler:
         self.waiting.move_to_end(seq, last=False)
         seq.status = Status.WAITING
         self._free_placement(seq)
-        self.num_preemptions += 1
 
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
         """Start waiting sequences while there are slots, blocks and budget.

@@ -162,7 +162,8 @@ def pack(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[PackedTen
     """Yield tensors in lists of about 256 MiB. Raise TypeError or ValueError as `LLM.update_weights` does."""
     part = []
     for name, tensor in checked_weights(weight_pairs(weights)):
-        array = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        copy = tensor.to("cpu", copy=True)  # the caller may overwrite the tensor once it makes the next one
+        array = copy.contiguous().view(-1).view(torch.uint8).numpy()
         part.append((name, array, tensor.dtype, tensor.shape))
         if sum(array.nbytes for _, array, _, _ in part) >= _PART_BYTES:
             yield part

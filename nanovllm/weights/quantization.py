@@ -268,6 +268,7 @@ class QuantizedLoading:
             raise ValueError(f"the checkpoint has the tensor {name:.200} twice")
         waiting[name] = loaded
         if waiting.keys() != stored.keys():
+            waiting[name] = loaded.clone()  # the caller may overwrite it once it makes the next tensor
             return {}
         del self.waiting[weight_name]
         self.dequantized.add(weight_name)
@@ -298,11 +299,6 @@ class QuantizedLoading:
         if name not in self.kept:
             return {name: self.scheme.dequantize(name, tensors)}
         return {part: self.scheme.arrange(part, tensor) for part, tensor in tensors.items()}
-
-    def copy_waiting(self) -> None:
-        """Copy the tensors that wait, because the caller may overwrite them."""
-        for tensors in self.waiting.values():
-            tensors.update({name: tensor.clone() for name, tensor in tensors.items()})
 
     def missing(self) -> dict[str, set[str]]:
         """Return the names of the tensors that each waiting weight lacks."""

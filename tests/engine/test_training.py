@@ -20,6 +20,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import rope_frequencies
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import BLOCK, engine, finish, greedy, prompts_of, tokens
+from tests.models.fp8 import blocks, save_fp8
 from tests.models.test_gguf import write_gguf
 from tests.models.tiny import save_tiny, tiny_model
 
@@ -179,6 +180,26 @@ def test_no_rank_waits_for_the_others_when_an_update_fails_after_its_last_tensor
         llm.update_weights(weights())
     llm.update_weights(new)
     assert tokens(llm, [[5, 6]], greedy(9)) == tokens_of_new(models)
+
+
+@pytest.mark.parametrize("order", ["as in the file", "scales last"])
+def test_weights_of_an_update_may_come_in_one_buffer(tmp_path, order):
+    """On a CPU an FP8 weight waits for its scales, to be dequantized."""
+    path, _ = save_fp8(tmp_path, "qwen3", blocks(32))
+    weights = dict(weights_of(path))
+    names = sorted(weights, key=lambda name: "scale" in name) if order == "scales last" else list(weights)
+    buffer = torch.empty(max(tensor.nbytes for tensor in weights.values()), dtype=torch.uint8)
+
+    def in_one_buffer():
+        for name in names:
+            tensor = weights[name]
+            yield name, buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    prompts = prompts_of([5, 20])
+    with engine(path) as llm:
+        want = tokens(llm, prompts, greedy(12))
+        assert llm.update_weights(in_one_buffer()) == 1
+        assert tokens(llm, prompts, greedy(12)) == want
 
 
 def test_an_update_cannot_start_another(models):

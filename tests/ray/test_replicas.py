@@ -422,6 +422,12 @@ def test_packed_tensors_are_the_same_after_the_object_store():
         assert unpacked[name].tolist() == tensor.tolist()
 
 
+def test_weights_may_come_in_one_buffer():
+    buffer = torch.empty(2)
+    weights = ((f"w{i}", buffer.fill_(i)) for i in range(3))
+    assert [tensor.tolist() for _, tensor in _unpack(list(pack(weights)))] == [[0, 0], [1, 1], [2, 2]]
+
+
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [

@@ -278,6 +278,7 @@ def test_a_sequence_that_is_preempted_before_its_first_token_is_counted_once():
     assert seq.placement.num_computed > 0  # a block that it computed before is a prefix hit now
     assert scheduler.num_prompt_tokens == 10 and scheduler.num_cached_tokens == 0
     assert seq.num_cached == 0 and seq.scheduled_ts == admitted
+    assert scheduler.num_preemptions == 0  # the KV cache was not full
 
 
 def test_a_long_prompt_does_not_stop_decoding():
