@@ -369,6 +369,10 @@ class AsyncLLM:
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
+        _, token_ids = await self._chat_text_and_ids(messages, **template)
+        return token_ids
+
+    async def _chat_text_and_ids(self, messages: SequenceType[dict], **template: Any) -> tuple[str, list[int]]:
         if is_list(messages) and length(messages) > 1 and is_list(messages[0]):
             raise ValueError(f"messages must be one conversation, got a list of {length(messages)}")
         return await self._input_threads.chat_prompt(messages, **template)

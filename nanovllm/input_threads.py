@@ -64,10 +64,10 @@ class InputThreads:
                 return await self._run(_GRAMMARS, amount, partial(work, max_grammar_seconds=_COSTLY_S))
         return await self._run(_COSTLY_GRAMMARS, amount, work)
 
-    async def chat_prompt(self, messages: Sequence[dict], **template: Any) -> list[int]:
-        """Return the token ids of one conversation; see `LLM.chat_prompts`."""
+    async def chat_prompt(self, messages: Sequence[dict], **template: Any) -> tuple[str, list[int]]:
+        """Return the text and the token ids of one conversation; see `LLM.chat_prompts`."""
         kind = _TEMPLATES if template.get("chat_template") is None else _GIVEN_TEMPLATES
-        work = partial(self._processor.chats.prompt_ids, messages, **template)
+        work = partial(self._processor.chats.texts_and_ids, messages, **template)
         prompts = await self._run(kind, _conversation_chars(messages), work)
         return prompts[0]
 

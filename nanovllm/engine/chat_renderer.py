@@ -40,16 +40,17 @@ class ChatRenderer:
 
     def prompts(self, messages: Any, **options: Any) -> list[TokensPrompt]:
         """Return conversations as prompts of text and token ids; see `LLM.chat_prompts`."""
-        pairs = self._texts_and_ids(messages, **options)
+        pairs = self.texts_and_ids(messages, **options)
         return [TokensPrompt(prompt=text, prompt_token_ids=token_ids) for text, token_ids in pairs]
 
     def prompt_ids(self, messages: Any, **options: Any) -> list[list[int]]:
         """Return the token ids of conversations; see `LLM.chat_prompts`."""
-        return [token_ids for _, token_ids in self._texts_and_ids(messages, **options)]
+        return [token_ids for _, token_ids in self.texts_and_ids(messages, **options)]
 
-    def _texts_and_ids(
+    def texts_and_ids(
         self, messages: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> list[tuple[str, list[int]]]:
+        """Return the texts and the token ids of conversations; see `LLM.chat_prompts`."""
         if self._closed:
             raise RuntimeError("the engine is closed")
         if chat_template_kwargs is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 import torch
 
-from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams, TokensPrompt
 from nanovllm.checkpoints.given_weights import checked_weights
 from nanovllm.engine.llm_engine import LLMEngine, weight_pairs
 from nanovllm.server.engine_messages import pack_error, unpack_error
@@ -78,7 +78,8 @@ class ReplicaActor(AsyncLLM):
         try:
             prompt, params, seed, template = ray.cloudpickle.loads(message)
             if template is not None:
-                prompt = await self.chat_prompt(prompt, **template)
+                text, token_ids = await self._chat_text_and_ids(prompt, **template)
+                prompt = TokensPrompt(prompt=text, prompt_token_ids=token_ids)
             params = self.get_default_sampling_params() if params is None else params
             if isinstance(params, SamplingParams):  # else the engine refuses it
                 params.output_kind = kind

@@ -83,7 +83,7 @@ class Gate:
         self.prompt = prompt
         self.reached, self.opened = threading.Event(), threading.Event()
         self.process, self.processor.process = self.processor.process, self.held
-        self.processor.chats.prompt_ids = self.held_chat
+        self.processor.chats.texts_and_ids = self.held_chat
 
     def held(self, prompt, *args, **kwargs):
         if prompt == self.prompt:
@@ -92,7 +92,7 @@ class Gate:
 
     def held_chat(self, messages, **kwargs):
         self.wait()
-        return [[len(messages)]]
+        return [("", [len(messages)])]
 
     def wait(self):
         self.reached.set()
@@ -863,13 +863,13 @@ def test_chats_do_not_wait_for_templates_that_clients_give(model):
     async def use(llm):
         opened, prepared = threading.Event(), []
 
-        def prompt_ids(messages, chat_template=None):
+        def texts_and_ids(messages, chat_template=None):
             if chat_template:
                 assert opened.wait(SECONDS)
                 prepared.append(chat_template)
-            return [[1]]
+            return [("", [1])]
 
-        llm.llm_engine.input_processor.chats.prompt_ids = prompt_ids
+        llm.llm_engine.input_processor.chats.texts_and_ids = texts_and_ids
         chats = [asyncio.create_task(llm.chat_prompt([{}], chat_template=str(i))) for i in range(20)]
         await asyncio.sleep(0)
         assert await llm.chat_prompt([{}]) == [1]

@@ -127,14 +127,14 @@ LONG = "many " * 2000
         (
             "/v1/messages/count_tokens",
             {"model": "tiny", "messages": [{"role": "user", "content": LONG}]},
-            "prompt_ids",
+            "texts_and_ids",
         ),
-        ("/v1/responses/input_tokens", {"input": LONG}, "prompt_ids"),
+        ("/v1/responses/input_tokens", {"input": LONG}, "texts_and_ids"),
     ],
 )
 def test_long_requests_that_only_tokenize_leave_threads_to_others(llm, monkeypatch, path, body, method):
     inputs, release, started = llm.llm_engine.input_processor, threading.Event(), threading.Event()
-    owner = inputs.chats if method == "prompt_ids" else inputs.codec
+    owner = inputs.chats if method == "texts_and_ids" else inputs.codec
 
     def wait(value, *args, **kwargs):
         if len(str(value)) < len(LONG):
