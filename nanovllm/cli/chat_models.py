@@ -165,7 +165,7 @@ class ServerModel:
 
 
 def _by_proxy(url: str) -> str:
-    """Return words for the proxy that the environment names for a URL, without its password; "" if there is none."""
+    """Return words that name the environment's proxy for a URL, without its password. Without a proxy, return ""."""
     parts = urlsplit(url)
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

@@ -118,7 +118,7 @@ class Scheduler:
         whose mask allowed no token.
 
         Returns:
-            The sequences that have new tokens or have finished, in the order of their rows.
+            The sequences that have new tokens or have finished.
         """
         changed = []
         for seq in step.sequences:

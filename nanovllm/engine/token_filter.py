@@ -34,7 +34,7 @@ def without(mask: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
 
 
 class TokenFilter(Protocol):
-    """Which tokens a sequence may sample next.
+    """A filter of the tokens that a sequence may sample next.
 
     Attributes:
         depends_on_output: whether the mask depends on the tokens sampled so far.

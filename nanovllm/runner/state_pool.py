@@ -36,10 +36,14 @@ class StateSizes(NamedTuple):
         return self.num_blocks
 
     @property
+    def num_slots(self) -> int:
+        """Number of all slots: those of the sequences, the scratch slot, then those for snapshots."""
+        return self.num_seqs + 1 + self.num_snapshots
+
+    @property
     def snapshot_slots(self) -> range:
-        """The slots for snapshots, after those of the sequences and the scratch slot."""
-        first = self.num_seqs + 1
-        return range(first, first + self.num_snapshots)
+        """The slots for snapshots."""
+        return range(self.num_seqs + 1, self.num_slots)
 
 
 class StatePool:
@@ -99,7 +103,7 @@ class StatePool:
 
     def num_bytes(self, sizes: StateSizes) -> int:
         """Return the bytes that `allocate` takes."""
-        return (sizes.scratch_block + 1) * self.block_bytes + sizes.snapshot_slots.stop * self.slot_bytes
+        return (sizes.scratch_block + 1) * self.block_bytes + sizes.num_slots * self.slot_bytes
 
     def allocate(self, sizes: StateSizes) -> None:
         """Allocate blocks and slots, with the scratch ones. The present state is freed first."""
@@ -107,7 +111,7 @@ class StatePool:
         for layer, spec in self.paged:
             layer.bind(spec.allocate(sizes.scratch_block + 1, self.block_size, self.device))
         for spec, layers in self.by_slot.items():
-            tensors = spec.allocate(len(layers), sizes.snapshot_slots.stop, self.device)
+            tensors = spec.allocate(len(layers), sizes.num_slots, self.device)
             self.slot_tensors += tensors
             for index, layer in enumerate(layers):
                 layer.bind([tensor[index] for tensor in tensors])

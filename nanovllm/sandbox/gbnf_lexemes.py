@@ -32,7 +32,7 @@ _MAX_STATES = 300
 
 
 class _Shape(NamedTuple):
-    """What decides whether a part of the grammar can be a lexeme.
+    """The two sets of characters that decide whether a part of the grammar can be a lexeme.
 
     Args:
         first: the characters that it can start with.
@@ -85,6 +85,7 @@ def _regular_rules(rules: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def _without_references(part: Part, rules: Mapping[str, Part]) -> Part:
+    """Return a part with the parts of rules in place of their names."""
     match part:
         case Reference(name):
             return rules[name]
@@ -163,7 +164,7 @@ class _TooLargeError(Exception):
 
 
 class _Graph:
-    """Which lexemes may follow which, whatever rules they are in. It may have more paths than the grammar.
+    """The order in which lexemes may come, across all rules. A graph may have more paths than its grammar.
 
     A node is a lexeme that was read, or a place between lexemes. Where no more is said, a lexeme is a character.
 
@@ -294,9 +295,10 @@ def _find_conflicts(graph: _Graph, shapes: Mapping[str, _Shape]) -> set[Part]:
             if first != second:
                 conflicts.update(part for part in (first, second) if part is not None and may_be_long(part))
             following = frozenset(graph.next(a) | graph.next(b))
-            may_go_on = any(shape.more & shape_of(graph.lexemes[node]).first for node in following)
-            if first == second and first is not None and may_go_on:
-                conflicts.add(first)
+            if first == second and first is not None and shape.more:
+                followers = reduce(or_, (shape_of(graph.lexemes[node]).first for node in following), 0)
+                if shape.more & followers:
+                    conflicts.add(first)
             work += len(following)
             if following not in places:
                 places.add(following)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
+from nanovllm.sandbox.schemas import spelled
+
 # Sets of characters are bits: one for each ASCII character, and one for all others.
 _OTHERS = 1 << 128
 ALL = (_OTHERS << 1) - 1
@@ -20,7 +22,7 @@ _RANGE = re.compile(rf"({_CHARACTER})(?:-({_CHARACTER}))?", re.DOTALL)
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
-# The parts of a rule. They are no tuples: a text is not equal to a reference of the same letters.
+# The parts of a rule. They are not tuples: a text must not equal a reference with the same letters.
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +239,7 @@ class _Parser:
             if high < low:
                 self._fail(token.start(), "has a range in the wrong order")
             bits |= ((1 << min(high + 1, 128)) - 1) & ~((1 << min(low, 128)) - 1) | (_OTHERS if high > 127 else 0)
-            regex += _spelled(low) + (f"-{_spelled(high)}" if last else "")
+            regex += spelled(chr(low)) + (f"-{spelled(chr(high))}" if last else "")
         if not regex:
             self._fail(token.start(), "has no character")
         if is_negated:
@@ -256,9 +258,3 @@ class _Parser:
         elif kind in _ESCAPES or not kind.isalnum():  # llama.cpp knows \" \\ \[ \], and xgrammar \- too
             return ord(_ESCAPES.get(kind, kind))
         return self._fail(token.start(), f"has the unknown escape {character}")
-
-
-def _spelled(code: int) -> str:
-    """Return a character for a class: as itself if it is a letter, a digit or not ASCII, else as `\\x2d`."""
-    character = chr(code)
-    return character if character.isalnum() or code > 127 else f"\\x{code:02x}"

@@ -138,10 +138,10 @@ def _exact_part(part: re.Match) -> str:
 
 
 def _plain_character(text: str) -> str:
-    r"""Return a character of a pattern as `_spelled` does, and an escape such as `\d` as it is."""
+    r"""Return a character of a pattern as `spelled` does, and an escape such as `\d` as it is."""
     if re.fullmatch(_PATTERN_CODE, text) and (code := int(text[2:].strip("{}"), 16)) <= 0x10FFFF:
-        return _spelled(chr(code))
-    return text if text[0] == "\\" and text[1].isalnum() else _spelled(text[-1])
+        return spelled(chr(code))
+    return text if text[0] == "\\" and text[1].isalnum() else spelled(text[-1])
 
 
 # JavaScript's white space in place of Unicode's.
@@ -231,6 +231,6 @@ def _check_integers(keyword: str, value: Any) -> None:
         raise ValueError(f"{keyword} must have integers of 64 bits, got {str(value)[:40]}")
 
 
-def _spelled(character: str) -> str:
+def spelled(character: str) -> str:
     r"""Return a character that means itself in a class: a letter, a digit, one beyond ASCII, or `\x2d`."""
     return character if character.isalnum() or not character.isascii() else f"\\x{ord(character):02x}"
