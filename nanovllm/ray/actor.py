@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,21 @@ class ReplicaActor(AsyncLLM):
                 params.output_kind = kind
                 if params.seed is None:
                     params.seed = seed
+            is_first = True
             async for output in self.generate(prompt, params, request_id):
+                if not is_first:  # the driver has the prompt, which may be long
+                    output = replace(output, prompt=None, prompt_token_ids=[], prompt_logprobs=None)
                 self._items.put_nowait((request_id, output))
+                is_first = False
         except Exception as error:
             # Another error might not be picklable.
             self._items.put_nowait((request_id, unpack_error(pack_error(error))))
 
     async def outputs(self) -> AsyncIterator[list[tuple[str, RequestOutput | Exception]]]:
-        """Yield outputs and errors of requests, in batches of what is there. Raise RuntimeError if the engine fails."""
+        """Yield outputs and errors of requests, in batches of what is there. Raise RuntimeError if the engine fails.
+
+        Only a request's first output has its prompt.
+        """
         for _ in range(10_000):  # Ray's memory of a generator grows until it ends
             batch = [await self._items.get()]
             while not self._items.empty():

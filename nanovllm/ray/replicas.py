@@ -194,14 +194,16 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def _abandon(self, abandoned: set[Request]) -> None:
         """End those of these requests that have not finished."""
+        ids_by_replica: dict[Replica, list[str]] = {}
         for request in abandoned:
             self._waiting.pop(request, None)
-        for replica in self._replicas:
-            requests = [request for request in abandoned if request.id in replica.requests]
-            for request in requests:
+            replica = request.replica
+            if replica and request.id in replica.requests:
                 replica.remove(request)
-            if requests and self._is_same_ray():
-                replica.actor.abandon.remote([request.id for request in requests])
+                ids_by_replica.setdefault(replica, []).append(request.id)
+        if self._is_same_ray():
+            for replica, request_ids in ids_by_replica.items():
+                replica.actor.abandon.remote(request_ids)
         self._dispatch()
 
     # -- replicas ----------------------------------------------------------------------------------------------------

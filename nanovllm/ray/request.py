@@ -40,6 +40,7 @@ class Request:
         ended: the samples whose ends the consumer of a stream has.
         is_resumed: another replica was lost after it had sent some outputs of a stream. The outputs of this one have
             each sample whole, so that the part that was sent can be cut off.
+        replica: the last replica that it was sent to.
         cost: how many tokens it has added to this replica.
     """
 
@@ -56,9 +57,13 @@ class Request:
         self.num_tokens = len(text) // _CHARS_PER_TOKEN + (params.max_tokens or _NEW_TOKENS) * params.n
         self.sent: dict[int, tuple[int, int]] = {}
         self.ended: set[int] = set()
+        self.replica: Replica | None = None
+        self._first: RequestOutput | None = None
 
     def receive(self, item: RequestOutput | Exception) -> None:
         """Give an output or the error to the caller. An output of a stream loses what the caller has already."""
+        if isinstance(item, RequestOutput):
+            item = self._with_prompt(item)
         if isinstance(item, RequestOutput) and self.kind is not RequestOutputKind.FINAL_ONLY:
             is_delta = self.kind is RequestOutputKind.DELTA
             if self.is_resumed and is_delta:
@@ -70,6 +75,16 @@ class Request:
             parts = [self._new_part(sample, is_whole=self.is_resumed or not is_delta) for sample in item.outputs]
             item = replace(item, outputs=parts) if is_delta else item
         self._put(item)
+
+    def _with_prompt(self, output: RequestOutput) -> RequestOutput:
+        """Return an output with the prompt of the first one, the only one that a replica sends with it."""
+        self._first = first = self._first or output
+        return replace(
+            output,
+            prompt=first.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            prompt_logprobs=first.prompt_logprobs,
+        )
 
     def _is_behind(self, sample: CompletionOutput) -> bool:
         """Return whether the caller has had more of a sample than this."""
@@ -107,6 +122,7 @@ class Replica:
     def send(self, request: Request) -> None:
         """Let the replica answer a request."""
         self.requests[request.id] = request
+        request.replica = self
         request.cost = self.cost(request)
         self.num_tokens += request.cost
         if len(self._prefixes) > _MAX_REMEMBERED:

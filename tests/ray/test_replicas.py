@@ -76,6 +76,26 @@ def test_chats_and_streams_are_those_of_one_engine(replicas, one):
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
 
 
+def test_outputs_of_a_stream_share_its_prompt_and_are_sent_without_it(replicas, one):
+    params = greedy(4, prompt_logprobs=2)
+    (want,) = one.generate("A stream", params, use_tqdm=False)
+    sent = []
+
+    async def read():
+        return [output async for output in replicas.stream("A stream", params)]
+
+    receive = replicas._receive
+    replicas._receive = lambda replica, items: (sent.extend(items), receive(replica, items))
+    outputs = asyncio.run(read())
+    del replicas._receive
+    assert len(outputs) > 1 and outputs[0].prompt_logprobs == want.prompt_logprobs
+    for output in outputs:
+        assert (output.prompt, output.prompt_token_ids) == ("A stream", want.prompt_token_ids)
+        assert output.prompt_token_ids is outputs[0].prompt_token_ids
+        assert output.prompt_logprobs is outputs[0].prompt_logprobs
+    assert [len(output.prompt_token_ids) for _, output in sent[1:]] == [0] * (len(sent) - 1)
+
+
 def test_equal_prompts_without_seeds_get_different_samples(replicas):
     outputs = replicas.generate(["The same"] * 8, sampled(12), use_tqdm=False)
     assert len({tuple(output.token_ids) for output in outputs}) == 8
@@ -223,6 +243,7 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
     async def read():
         has_killed = False
         async for output in replicas.stream("A long stream", params):
+            assert (output.prompt, output.prompt_token_ids) == (want.prompt, want.prompt_token_ids)
             for sample in output.outputs:
                 tokens[sample.index] += sample.token_ids
                 texts[sample.index] += sample.text
