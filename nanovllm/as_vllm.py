@@ -146,7 +146,7 @@ def _check_command(name: str) -> None:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
-    except (ImportError, ValueError) as error:  # of a package above it, or an empty name
+    except (ImportError, ValueError) as error:  # a package above it cannot be imported, or the name is empty
         sys.exit(f"the module {name} cannot run: {error}")
     if spec is None:
         sys.exit(f"there is no module {name} that can run")

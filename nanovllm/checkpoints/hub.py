@@ -8,32 +8,20 @@ from nanovllm.checkpoints.files import MissingFileError, local_path
 from nanovllm.checkpoints.weight_files import pickled_advice
 from nanovllm.checks import shown
 from nanovllm.library_errors import refusing
-from nanovllm.models.presets import PRESETS
 
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
 
 
 def download(
-    name: str,
-    load_format: str,
-    revision: str | None = None,
-    download_dir: str | Path | None = None,
-    kind: str = "model",
+    name: str, revision: str | None = None, download_dir: str | Path | None = None, with_weights: bool = True
 ) -> Path:
-    """Download a hub model, only files that cannot run code. Return its local folder."""
-    if name in PRESETS and kind == "model":
-        raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
-    if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        message = f"{kind} {name!r:.100} is not a folder or .gguf file on this machine; nor is it a hub id (owner/name)"
-        if kind == "model":
-            message += f" or, with load_format='dummy', one of {', '.join(PRESETS)}"
-        raise ValueError(message)
+    """Download a hub's model or only its config and tokenizer: files that cannot run code. Return the local folder."""
     from huggingface_hub import snapshot_download
 
     cache_dir = None if download_dir is None else local_path("download_dir", download_dir)
-    patterns = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
+    patterns = [*_HUB_FILES, "*.safetensors"] if with_weights else _HUB_FILES
     # Errors of the hub, of its HTTP library, of the disk.
-    with refusing(f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub", Exception):
+    with refusing(f"{name!r:.100} is not a local path and could not be fetched from the hub", Exception):
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(
             name,
@@ -43,6 +31,13 @@ def download(
             ignore_patterns=["*/*", "consolidated*"],
         )
     return Path(folder)
+
+
+def check_hub_id(kind: str, name: str, alternatives: str = "") -> None:
+    """Raise ValueError unless `name`, which is no local path, has the form of a hub id."""
+    if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        reason = "is not a folder or .gguf file on this machine; nor is it a hub id (owner/name)"
+        raise ValueError(f"{kind} {name!r:.100} {reason}{alternatives}")
 
 
 @contextmanager

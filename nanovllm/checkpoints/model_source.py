@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.checkpoints.default_model import default_model
 from nanovllm.checkpoints.files import MissingFileError, check_files, check_working_folder, local_path
-from nanovllm.checkpoints.hub import download, explaining_missing_files
+from nanovllm.checkpoints.hub import check_hub_id, download, explaining_missing_files
 from nanovllm.checkpoints.loader import check_shapes
 from nanovllm.checkpoints.tokenizers import find_tokenizer, has_tokenizer_files, load_tokenizer
 from nanovllm.checkpoints.weight_files import (
@@ -125,7 +125,12 @@ def open_model(
     if is_preset:
         return ModelSource(PRESETS[str(name)])
     if not path.exists():
-        path = download(str(name), load_format, revision, download_dir)
+        if str(name) in PRESETS:
+            raise ValueError(
+                f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id"
+            )
+        check_hub_id("model", str(name), f" or, with load_format='dummy', one of {', '.join(PRESETS)}")
+        path = download(str(name), revision, download_dir, with_weights=load_format != "dummy")
         with explaining_missing_files(str(name), revision):
             return _open_folder(path, load_format)
     if path.is_dir():
@@ -162,7 +167,7 @@ def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str
 
         config.check_same_model(read_gguf(path).config)
     elif (path / "config.json").exists():
-        config.check_same_model(_read_config(path))
+        config.check_same_model(_read_config(path, generation={}))
     return weights
 
 
@@ -170,18 +175,21 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise MissingFileError(f"model {str(path)!r} is a folder without a config.json")
     check_files(path)
-    given = _generation_config(path)
-    defaults = {ours: given[name] for name, ours in _DEFAULTS.items() if given.get(name) is not None}
-    source = ModelSource(_read_config(path, load_format), path, has_tokenizer_files(path), sampling_defaults=defaults)
+    generation_path = path / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    defaults = {ours: generation[name] for name, ours in _DEFAULTS.items() if generation.get(name) is not None}
+    config = _read_config(path, generation, load_format)
+    source = ModelSource(config, path, has_tokenizer_files(path), sampling_defaults=defaults)
     if load_format == "dummy":
         return source
     return replace(source, config=_compare_with_weights(source.config, path))
 
 
-def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
-    """Read the config.json of a folder, and the end tokens of its generation_config.json.
+def _read_config(path: Path, generation: dict[str, Any], load_format: str = "dummy") -> ModelConfig:
+    """Read the config.json of a folder.
 
     Args:
+        generation: the content of generation_config.json, which may have more end tokens.
         load_format: "dummy" does not look at the weights' dtype if the config states none.
     """
     content = read_json(path / "config.json")
@@ -196,7 +204,7 @@ def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     if load_format != "dummy" and stated_dtype(config) is None:
         config.dtype = read_dtype(path)
-    return read_hf_config(config, token_ids(_generation_config(path).get("eos_token_id")))
+    return read_hf_config(config, token_ids(generation.get("eos_token_id")))
 
 
 def _check_lengths(options: Any) -> None:
@@ -207,8 +215,3 @@ def _check_lengths(options: Any) -> None:
         length = options.get(key)
         if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
             raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return read_json(path) if path.exists() else {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.checkpoints.files import MissingFileError, check_files, local_path
-from nanovllm.checkpoints.hub import download, explaining_missing_files
+from nanovllm.checkpoints.hub import check_hub_id, download, explaining_missing_files
 from nanovllm.checkpoints.weight_files import read_json
 from nanovllm.checks import shown
 from nanovllm.library_errors import refusing
@@ -48,7 +48,8 @@ def find_tokenizer(name: str | Path, revision: str | None = None, download_dir: 
     if revision is not None and path.exists():
         raise ValueError(f"revision must be None for a local tokenizer, got {shown(revision)}; only a hub id has one")
     if not path.exists():
-        path = download(str(name), "dummy", revision, download_dir, kind="tokenizer")
+        check_hub_id("tokenizer", str(name))
+        path = download(str(name), revision, download_dir, with_weights=False)
         with explaining_missing_files(str(name), revision):
             return _check_tokenizer(name, path)
     return _check_tokenizer(name, path)

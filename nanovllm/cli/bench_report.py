@@ -59,7 +59,8 @@ _DISTRIBUTIONS = {
     "itl_ms": "between pieces of a stream, ms",
     "e2e_ms": "end to end, ms",
 }
-_BUSY = 0.8  # of a core, from which on the client may slow the streams down
+# A client that uses more of a core may slow the streams down.
+_BUSY = 0.8
 _LATE_MS = 20.0
 
 

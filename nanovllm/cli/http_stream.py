@@ -31,7 +31,7 @@ def base_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of the port or of an IPv6 address
+    except ValueError:  # a wrong port or IPv6 address
         is_valid = False
     if not is_valid or not url.isascii() or not url.isprintable() or any(character in url for character in " ?#"):
         raise ValueError(f"url must be like http://127.0.0.1:8000, got {public_url(url)!r:.200}")
@@ -127,8 +127,8 @@ class Answer(asyncio.Protocol):
         self.complete = asyncio.get_running_loop().create_future()
         self._received = bytearray()  # what cannot be read before more has come
         self._is_chunked = False
-        self._length: int | None = None  # of the body, if the server says
-        self._body = bytearray()  # of an answer that is no stream, or the start of a line of a stream
+        self._length: int | None = None  # bytes of the body, if the server says
+        self._body = bytearray()  # the body of an answer that is no stream, or the start of a line of a stream
         self._is_stream = False
         self._usage = b""  # the last event that has the number of tokens
 

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Placement, Sequence, Status
@@ -40,6 +41,20 @@ class ScheduledStep:
 
     batch: Batch = field(default_factory=Batch)
     sequences: list[Sequence] = field(default_factory=list)
+
+
+class _CachedPrefix(NamedTuple):
+    """What the prefix cache has of a sequence.
+
+    Args:
+        cached: ids of the cached blocks that hold its first tokens.
+        shared: those of them to share: with recurrent state, only the blocks before a snapshot.
+        snapshot: the slot of the snapshot to start from, or None.
+    """
+
+    cached: list[int]
+    shared: list[int]
+    snapshot: int | None = None
 
 
 class Scheduler:
@@ -247,39 +262,34 @@ class Scheduler:
                 break
             if seq.lacks_mask:
                 continue
-            cached, shared, snapshot = self._find_cached(seq)
-            if self.snapshots and snapshot in self.snapshots.saving:
+            prefix = self._find_cached(seq)
+            if self.snapshots and prefix.snapshot in self.snapshots.saving:
                 num_deferred += 1
                 continue
-            num_shared = len(shared) * self.block_manager.block_size
+            num_shared = len(prefix.shared) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_shared, budget)
             # It gets the blocks of all its tokens now. If it started with those of its first chunk, a later chunk could
             # lack some, and the sequence would be preempted and start again, over and over. One free block stays in
             # reserve for each running sequence. Without it the next decode step could preempt the new sequence.
-            if not self.block_manager.can_start(shared, seq.num_tokens, reserve=len(self.running)):
+            if not self.block_manager.can_start(prefix.shared, seq.num_tokens, reserve=len(self.running)):
                 break
-            placement = self._start(seq, shared)
+            placement = self._start(seq, prefix.shared)
             builder.add_admission(seq, placement)
             if self.snapshots:
-                self.snapshots.start(placement, cached, num_shared, seq.num_tokens)
+                self.snapshots.start(placement, prefix.cached, num_shared, seq.num_tokens)
                 num_new = self.snapshots.limit(placement, num_new)
-                if snapshot is not None:
-                    builder.batch.state_loads.append((snapshot, placement.slot))
+                if prefix.snapshot is not None:
+                    builder.batch.state_loads.append((prefix.snapshot, placement.slot))
             builder.allocate(placement, seq.num_tokens)
             builder.add_row(seq, placement, num_new)
             budget -= num_new
 
-    def _find_cached(self, seq: Sequence) -> tuple[list[int], list[int], int | None]:
-        """Return the cached blocks of a prompt's start, those of them to share, and the snapshot to start from.
-
-        Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached blocks
-        before a snapshot.
-        """
+    def _find_cached(self, seq: Sequence) -> "_CachedPrefix":
+        """Find what the prefix cache has of a waiting sequence. Logits of cached tokens cannot score a prompt."""
         cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
         if not self.snapshots:
-            return cached, cached, None
-        shared, snapshot = self.snapshots.find(cached)
-        return cached, shared, snapshot
+            return _CachedPrefix(cached, cached)
+        return _CachedPrefix(cached, *self.snapshots.find(cached))
 
     def _start(self, seq: Sequence, shared: list[int]) -> Placement:
         """Run a waiting sequence in a new placement, which starts with the cached blocks `shared`."""

@@ -79,7 +79,7 @@ class GatedDeltaNet(StatefulLayer):
         keys = (key_heads, config.key_head_dim, config.num_key_heads)
         channels = joined_rows(keys, keys, (heads, config.value_head_dim, config.num_value_heads))
 
-        self.split_sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
+        self.split_sizes = [len(channels), num_values, num_heads, num_heads]  # qkv, z, b and a
         shards = _packed_shards(config, key_heads) if config.is_packed else _shards(config, channels, heads)
         gates: dict[ShardId, Shard] = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
         names = [shard.name for shard in shards.values()]

@@ -103,7 +103,7 @@ class Experts(Layer):
         self.inner_size = config.intermediate_size
         size = divide("moe_intermediate_size", self.inner_size, tp)
         self.rank_inner_size = size  # I / ranks
-        self.columns = slice(tp.rank * size, (tp.rank + 1) * size)  # of the down projection
+        self.columns = slice(tp.rank * size, (tp.rank + 1) * size)  # the down projection's
         # The gates of an expert; its ups have the same rows.
         self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
         sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))

@@ -95,7 +95,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._ray_ids = _ray_ids()
         self._seeds = random.Random(options.get("seed") or 0)
         # Only the loop's thread uses these.
-        self._version = 0  # of the weights
+        self._version = 0  # the weights' version
         self._waiting: OrderedDict[Request, None] = OrderedDict()
         self._asleep: set[str] = set()  # the parts of the replicas' memory that sleep
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]

@@ -177,10 +177,7 @@ class StepGraphs:
 
     def _capture_mixed(self, num_tokens: int, num_rows: int) -> None:
         packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)
-        rows = StepRows.split(packed, num_rows, num_tokens)
-        graph, result = self._capture(
-            lambda: self.forward.step(rows, 0, max_seqlen_q=num_tokens, max_context_len=self.max_model_len)
-        )
+        graph, result = self._capture(lambda: self.forward.mixed_step(packed, num_rows, num_tokens, self.max_model_len))
         self.mixed[num_tokens] = CapturedMixedStep(graph, result, num_rows, packed)
 
     def _capture(self, run: Callable[[], StepTensors]) -> tuple[torch.cuda.CUDAGraph, StepTensors]:

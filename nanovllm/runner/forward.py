@@ -83,6 +83,16 @@ class Forward:
             keep_hidden=batch.wants_prompt_logprobs,
         )
 
+    def mixed_step(self, packed: torch.Tensor, num_rows: int, num_tokens: int, max_context_len: int) -> StepTensors:
+        """Run one step whose rows may have any lengths, for a CUDA graph. Nothing depends on the content of `packed`.
+
+        Args:
+            packed: `BatchState.pack` of a batch, on the device.
+            max_context_len: longest context of a row, or more.
+        """
+        rows = StepRows.split(packed, num_rows, num_tokens)
+        return self.step(rows, 0, max_seqlen_q=num_tokens, max_context_len=max_context_len)
+
     def step(
         self,
         rows: StepRows,
@@ -129,7 +139,8 @@ class Forward:
         )
         self.backend.prepare(context)
         with set_context(context):
-            hidden = self.model(inputs.input_ids, inputs.positions)  # of each row's last token, or all if kept
+            # One hidden state for each row's last token, or for all tokens if they are kept.
+            hidden = self.model(inputs.input_ids, inputs.positions)
             last_hidden = hidden
             if keep_hidden:
                 hidden.complete()  # now for all tokens: `_scored_logprobs` reads few at a time

@@ -363,8 +363,7 @@ class ModelRunner:
         for num_tokens in self.model.compile_sizes(self.config.max_num_batched_tokens):
             num_rows = min(num_tokens, self.config.max_num_seqs) + 1
             packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)
-            rows = StepRows.split(packed, num_rows, num_tokens)
-            self.forward.step(rows, 0, max_seqlen_q=num_tokens, max_context_len=self.max_model_len)
+            self.forward.mixed_step(packed, num_rows, num_tokens, self.max_model_len)
 
     def _capture(self) -> None:
         self.free_graphs()

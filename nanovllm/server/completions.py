@@ -84,7 +84,8 @@ class _Writer:
         self.num_generated = self.num_prompt = self.num_cached = 0
         self.num_logprobs = 0
         self._counted_prompts: set[int] = set()  # indices
-        self._ends: dict[int, _TextEnd] = {}  # of the samples that had an output; they stay 0 without logprobs
+        # For each sample that had an output. They stay 0 without logprobs.
+        self._ends: dict[int, _TextEnd] = {}
 
     def check_prompts(self, prompts: Sequence[str | list[int]]) -> None:
         """Refuse prompts of token ids that have too many log-probabilities, before they are computed."""
@@ -249,7 +250,8 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        kinds = set(map(type, prompt))  # of a million token ids, say
+        # A prompt may have a million token ids: one pass.
+        kinds = set(map(type, prompt))
         if kinds <= {str, list}:
             return prompt
         if kinds.isdisjoint({str, list}):

@@ -47,7 +47,7 @@ class Alternatives:
         # Each part with its alternatives, by the id of the part. The parts that are being taken apart have None.
         self._found: dict[int, tuple[Any, list[dict[str, Any]] | None]] = {}
         self._num_found = self._num_copied = self._depth = 0
-        self._types: dict[int, set[str]] = {}  # of parts, by their ids
+        self._types: dict[int, set[str]] = {}  # the types of each part, by its `id()`
 
     def of(self, part: Any) -> list[dict[str, Any]]:
         """Return the alternatives of a part.

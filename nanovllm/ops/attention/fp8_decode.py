@@ -24,8 +24,9 @@ from nanovllm.ops.triton_utils import INTERPRETED, TRITON_VERSION, kernel_consta
 
 # Columns in a row that Triton gives a thread of these operands: four before 3.8, two since.
 COLUMNS = kernel_constant(2 if TRITON_VERSION >= (3, 8) else 4)
-MIN_TOKENS = 16  # of a warp's part of a tile: rows of a tensor-core tile
-MIN_HEADS = 8  # of the queries' operand: columns of a tensor-core tile
+# A tensor-core tile has so many rows, tokens of a warp's part of a tile, and so many columns, heads of the queries.
+MIN_TOKENS = 16
+MIN_HEADS = 8
 
 
 @triton.jit

@@ -261,7 +261,8 @@ def plan_prefill_gather(
             begin = max(0, context - (last - first) + 1 - kv.window) if kv.window else 0
             indices = cache_indices(kv, rows.block_tables, slot, torch.arange(begin, context, device=device))
             (plain if is_plain else masked).append(PrefillGatherPlan(first, last, indices, None))
-    num_tokens: dict[int, int] = {}  # of the longest plan with so many queries
+    # The tokens of the longest plan with so many queries.
+    num_tokens: dict[int, int] = {}
     for plan in masked:
         num_queries = plan.end - plan.start
         num_tokens[num_queries] = max(num_tokens.get(num_queries, 0), plan.indices.shape[1])

@@ -104,7 +104,8 @@ def _rope_decode_kernel(
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
-    position = tl.load(context_lens_ptr + seq) - 1  # of the new token; tiles hold the tokens before it
+    # The new token's position. Tiles hold the tokens before it.
+    position = tl.load(context_lens_ptr + seq) - 1
     start_tile = 0
     if WINDOW:
         start_tile = tl.maximum(position + 1 - WINDOW, 0) // TILE

@@ -215,7 +215,7 @@ def _all_reduce_kernel(
         )
         tl.store(x_ptr + token * WORDS + words, data, mask=mask)
         _count(calls_ptr, token * UNITS, UNITS)
-        if NORM:  # of the rounded sum; rounds where rms_norm rounds
+        if NORM:  # takes the rounded sum, and rounds where rms_norm rounds
             low = _low(data, DTYPE)
             high = _high(data, DTYPE)
             count: tl.constexpr = WORDS * (32 // DTYPE.primitive_bitwidth)

@@ -29,7 +29,7 @@ MAX_BYTES = 256 << 20
 MIN_BYTES = 16 << 20  # smaller tensors do not gain
 MIN_TOKENS = MAX_CAPTURED_TOKENS + 1  # a captured step cannot count its all-reduces
 NUM_SLICES = 4
-TOKENS_PER_PROGRAM = 8  # of the sum; all belong to one slice
+TOKENS_PER_PROGRAM = 8  # whose sum a program computes; all belong to one slice
 POLL_INTERVAL = tl.constexpr(1 << 16)  # pyright: ignore[reportCallIssue]  # tries: see `poll_host`
 
 
@@ -102,7 +102,7 @@ def _add_kernel(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         x = (x + tl.load(inbox_ptr + offsets, mask=mask, other=0.0).to(tl.float32)).to(dtype)
         tl.store(x_ptr + offsets, x, mask=mask)
-        if NORM:  # of the rounded sum
+        if NORM:  # takes the rounded sum
             normed = normalize(x.to(tl.float32), eps, N, norm_ptr.dtype.element_ty) * norm
             tl.store(out_ptr + offsets, normed.to(dtype), mask=mask)
 

@@ -12,7 +12,7 @@ from nanovllm.ops.triton_utils import launch_options, sm_count, tl, triton
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; larger all-reduces take several launches
 MAX_ONE_SHOT_BYTES = 4 << 20  # bytes that a rank sends in total; with three ranks or more, NCCL's ring sends fewer
-MAX_TOKEN_BYTES = 64 << 10  # of an all-reduce
+MAX_TOKEN_BYTES = 64 << 10  # bytes of a token in an all-reduce
 UNIT = 512  # words that share a count of calls
 ALL_TO_ALL_BLOCK = 2048  # words of a row that a program exchanges at once
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
