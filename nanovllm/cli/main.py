@@ -15,6 +15,7 @@ from nanovllm.cli.chat import ChatOptions, chat
 from nanovllm.cli.flags import add_flags, given
 from nanovllm.config import Config
 from nanovllm.server.options import ServerOptions, with_key
+from nanovllm.utils.logs import log_to_stderr
 
 Options = TypeVar("Options")
 
@@ -131,9 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     _make_streams_usable()
     _obey_sigterm()
     args = make_parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s")
-    if args.command is _serve or getattr(args, "log_steps", False):
-        logging.getLogger("nanovllm").setLevel(logging.INFO)
+    is_verbose = args.command is _serve or getattr(args, "log_steps", False)
+    log_to_stderr(logging.INFO if is_verbose else logging.WARNING)
     try:
         status = args.command(args)
         sys.stdout.flush()

@@ -34,6 +34,7 @@ from nanovllm.server.engine_messages import (
     unpack_output,
 )
 from nanovllm.utils.child_process import child_program, inheritable
+from nanovllm.utils.logs import log_level
 
 _CLOSE_SECONDS = 10.0
 
@@ -90,7 +91,7 @@ class EngineClient:
 
     def _start(self, options: dict[str, Any]) -> tuple[int, Any]:
         try:
-            self._connection.send_bytes(pickle.dumps(options))
+            self._connection.send_bytes(pickle.dumps((options, log_level())))
             kind, *rest = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise RuntimeError(self._describe_end()) from None

@@ -13,6 +13,7 @@ from typing import Any
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.outputs import RequestOutput
 from nanovllm.server.engine_messages import PackedError, PackedOutput, pack_error, pack_output
+from nanovllm.utils.logs import log_to_stderr
 from nanovllm.utils.threads import switch_threads_often
 
 
@@ -23,7 +24,9 @@ def main(descriptor: int) -> None:
     switch_threads_often()
     connection = Connection(descriptor)
     try:
-        llm = AsyncLLM(**pickle.loads(connection.recv_bytes()))
+        options, level = pickle.loads(connection.recv_bytes())
+        log_to_stderr(level)
+        llm = AsyncLLM(**options)
     except Exception as error:
         connection.send_bytes(pickle.dumps(("failed", pack_error(error))))
         return

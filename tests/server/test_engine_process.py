@@ -53,6 +53,16 @@ async def texts(llm, prompts, params):
     return await asyncio.gather(*map(answer, prompts))
 
 
+def test_log_steps_logs_steps_as_the_level_of_the_parent_says(model, caplog, capfd):
+    caplog.set_level("INFO", logger="nanovllm")
+    client = EngineClient(model=str(model), log_steps=True, **OPTIONS)
+    asyncio.run(texts(client, ["a"], SamplingParams(max_tokens=2)))
+    client.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("INFO attention backend:") for line in lines)
+    assert sum(line.startswith("INFO step ") for line in lines) == 2
+
+
 def test_outputs_are_those_of_async_llm(model, client):
     prompts = ["a", "once upon a time", "zzz" * 30, [5, 6, 7]]
     llm = AsyncLLM(model, **OPTIONS)
