@@ -156,7 +156,12 @@ def _shape_of_texts(texts: list[str]) -> _Shape:
 
 def _first(part: Part | None) -> int:
     """Return the characters that a class or a text can start with; none for the end of the grammar."""
-    return part.bits if isinstance(part, Characters) else bits_of(part.text[0]) if isinstance(part, Text) else 0
+    match part:
+        case Characters():
+            return part.bits
+        case Text(text):
+            return bits_of(text[0])
+    return 0
 
 
 class _TooLargeError(Exception):

@@ -95,6 +95,12 @@ def bits_of(character: str) -> int:
     return 1 << min(ord(character), 128)
 
 
+def _bits_of_range(low: int, high: int) -> int:
+    """Return the set of the characters with the codes from `low` to `high`."""
+    ascii_bits = (1 << min(high + 1, 128)) - (1 << min(low, 128))
+    return ascii_bits | _OTHERS if high > 127 else ascii_bits
+
+
 def parse(grammar: str) -> dict[str, Part]:
     """Return the rules of a grammar by their names.
 
@@ -222,11 +228,13 @@ class _Parser:
     def _repeat(self, token: re.Match, part: Part) -> Part:
         if (mark := token["repeat"]) in "*+?":
             return Repeat(part, int(mark == "+"), 1 if mark == "?" else None)
-        low, comma, high = mark[1:-1].partition(",")
-        bound = int(high) if high.strip() else None if comma else int(low)
-        if bound is not None and bound < int(low):
+        first, comma, last = mark[1:-1].partition(",")
+        low = high = int(first)
+        if comma:
+            high = int(last) if last.strip() else None
+        if high is not None and high < low:
             self._fail(token.start(), "has bounds in the wrong order")
-        return Repeat(part, int(low), bound) if bound != 0 else Sequence(())
+        return Sequence(()) if high == 0 else Repeat(part, low, high)
 
     def _set(self, token: re.Match) -> Part:
         inside = token["set"][1:-1]
@@ -238,8 +246,10 @@ class _Parser:
             high = self._code(last, token) if last else low
             if high < low:
                 self._fail(token.start(), "has a range in the wrong order")
-            bits |= ((1 << min(high + 1, 128)) - 1) & ~((1 << min(low, 128)) - 1) | (_OTHERS if high > 127 else 0)
-            regex += spelled(chr(low)) + (f"-{spelled(chr(high))}" if last else "")
+            bits |= _bits_of_range(low, high)
+            regex += spelled(chr(low))
+            if last:
+                regex += f"-{spelled(chr(high))}"
         if not regex:
             self._fail(token.start(), "has no character")
         if is_negated:
