@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import pickle
-import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -19,8 +18,6 @@ from nanovllm.utils.threads import switch_threads_often
 
 def main(descriptor: int) -> None:
     """Load the model that the first message describes, and serve it until the connection ends."""
-    # A service manager may send it to all processes of a service, but running requests finish first.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     switch_threads_often()
     connection = Connection(descriptor)
     try:

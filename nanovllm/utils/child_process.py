@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+_JOB_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
 
 def import_path() -> list[str]:
     """Return `sys.path` with absolute paths, for a child process in another working folder.
@@ -25,13 +27,17 @@ def child_program(module: str, arguments: tuple) -> str:
 
     - Linux kills the process when the thread that started it ends, even if the process is stopped (PR_SET_PDEATHSIG).
     - It takes the caller's path. Python's own would start with the working folder, which may not be in the caller's.
-    - It ignores Ctrl-C, which a terminal sends to all its processes: the caller decides what that ends.
+    - It ignores signals that a terminal, a service manager or a cluster sends to all processes of a job, such as
+      SIGINT and SIGTERM: the caller decides what they end.
     """
-    return (
-        f"import sys; sys.path = {import_path()!r}; import ctypes, signal; "
-        "ctypes.CDLL(None).prctl(1, signal.SIGKILL); signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        f"from {module} import main; main(*{arguments!r})"
-    )
+    return f"""import sys; sys.path = {import_path()!r}
+import ctypes, signal
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+for name in {_JOB_SIGNALS}:
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+from {module} import main
+main(*{arguments!r})
+"""
 
 
 @contextmanager

@@ -181,6 +181,14 @@ def test_a_killed_or_stopped_rank_raises_a_clear_error_in_seconds(model, want, n
             assert tokens(llm) == want
 
 
+def test_signals_to_all_processes_of_a_job_end_no_rank(model, want):
+    """Slurm and systemd send them. The program may have a handler that lets it finish its work."""
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(*rank_pids(), number)
+        assert tokens(llm) == want
+
+
 def test_a_parent_killed_while_ranks_start_leaves_nothing(model, tmp_path):
     script = f"from nanovllm import LLM; LLM({str(model)!r}, tensor_parallel_size=2)"
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment() | {"TMPDIR": str(tmp_path)})
