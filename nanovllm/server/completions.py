@@ -162,13 +162,17 @@ class _Writer:
 
         The tokenizer may have put a special token and a space before the text, which add none.
         """
-        added = [self.token_bytes[token_id] for token_id in prompt_ids]
-        if not self.text_bytes[prompt_ids[0]] and not echo.encode(errors="replace").startswith(added[0]):
-            added[0] = b""
-        first = next((i for i, spelling in enumerate(added) if spelling), 0)
-        if added[first].startswith(b" ") and not echo.startswith(" "):
-            added[first] = added[first][1:]
-        return added
+        spellings = [self.token_bytes[token_id] for token_id in prompt_ids]
+        text = echo.encode(errors="replace")
+        whole = b"".join(spellings)
+        if whole.endswith(text):
+            return _without_first(spellings, len(whole) - len(text))
+        # The tokenizer has changed the text, or the text ends with a part of a character.
+        added = spellings
+        if not self.text_bytes[prompt_ids[0]] and not text.startswith(added[0].removeprefix(b" ")):
+            added = _without_first(added, len(added[0]))
+        starts_with_space = b"".join(added).startswith(b" ")
+        return _without_first(added, 1) if starts_with_space and not echo.startswith(" ") else added
 
     def _count_logprobs(self, num_tokens: int) -> None:
         """Refuse a response, or an event of a stream, that would take too much memory. `echo` repeats the prompt's."""
@@ -184,6 +188,15 @@ class _Writer:
             "total_tokens": self.num_prompt + self.num_generated,
             "prompt_tokens_details": {"cached_tokens": self.num_cached},
         }
+
+
+def _without_first(spellings: list[bytes], num_bytes: int) -> list[bytes]:
+    """Return spellings of tokens without the first bytes of all of them together."""
+    result = []
+    for spelling in spellings:
+        result.append(spelling[num_bytes:])
+        num_bytes = max(0, num_bytes - len(spelling))
+    return result
 
 
 class _TextEnd:

@@ -308,6 +308,7 @@ def test_exclusive_bounds_of_numbers_are_obeyed(grammars, tokenizer, schema, ins
         ({"type": "array", "items": {"const": 10**30}}, "const"),
         ({"enum": [{"a": [2**63]}]}, "enum"),
         ({"const": -(2**63)}, "const"),
+        ({"const": 1e20, "type": "integer"}, "const"),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.3}, "exclusiveMinimum"),
         ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, "exclusiveMinimum"),
         ({"minimum": -0.9, "exclusiveMaximum": 0}, "exclusiveMaximum"),

@@ -155,6 +155,8 @@ def test_a_space_that_the_tokenizer_adds_is_not_in_the_text(tmp_path):
         assert choice["logprobs"]["text_offset"][:3] == [0, 3, 6] and choice["text"].startswith("yes no yes")
         (same,) = post(llm, PATH, {**body, "prompt": llm.tokenizer.encode(body["prompt"])})["choices"]
         assert same["logprobs"]["text_offset"] == choice["logprobs"]["text_offset"]
+        (choice,) = post(llm, PATH, {**body, "prompt": " yes no"})["choices"]
+        assert choice["logprobs"]["text_offset"][:3] == [0, 0, 4]
     finally:
         llm.close()
 
