@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanovllm.checkpoints.files import MissingFileError, local_path, regular_file
+from nanovllm.checks import shown
 from nanovllm.library_errors import refusing
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
         return gguf.read_shapes(location)
     shapes: dict[str, tuple[int, ...]] = {}
     files = _weight_files(location)
-    if files[0].name == "model.safetensors" and any(location.glob("model-*-of-*.safetensors")):
+    if files == [location / "model.safetensors"] and any(location.glob("model-*-of-*.safetensors")):
         logger.warning("Reading %s, as transformers does, and not the shards next to it", files[0])
     for name, shape in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_shape()):
         if name in shapes:
@@ -107,27 +108,43 @@ def read_json(file: Path) -> dict:
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files of a folder's weights: those that transformers reads, or all if it would find none.
 
-    transformers reads a single file rather than shards. Its `save_pretrained` may leave an older model's index next to
-    a single file, and an older model's single file next to shards.
+    transformers reads the file that config.json names, and else a single file rather than shards. Its `save_pretrained`
+    may leave an older model's index next to a single file, and an older model's single file next to shards.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map, or an empty one")
-        names = sorted(set(map(str, weight_map.values())))
-        files = {file.name for file in folder.iterdir() if file.is_file()}
-        if missing := [name for name in names if name not in files]:
-            raise MissingFileError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
-        return [folder / name for name in names]
+    for name in (_named_file(folder), "model.safetensors", "model.safetensors.index.json"):
+        if name is not None and (folder / name).exists():
+            return _indexed_files(folder / name) if name.endswith(".json") else [folder / name]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         names = [file.name for file in folder.iterdir()]
         raise MissingFileError(f"{folder} has no weights: no *.safetensors files{pickled_advice(names)}")
     return files
+
+
+def _named_file(folder: Path) -> str | None:
+    """Return the file of weights, or of their index, that config.json names; None if it names none."""
+    config = folder / "config.json"
+    name = read_json(config).get("transformers_weights") if config.exists() else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")) or "/" in name:
+        message = "must name a .safetensors or .safetensors.index.json file in its folder"
+        raise ValueError(f"transformers_weights in {config} {message}, got {shown(name)}")
+    if not (folder / name).exists():
+        raise MissingFileError(f"{config} names the weights {name!r:.200}, which is not a file in that folder")
+    return name
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map, or an empty one")
+    names = sorted(set(map(str, weight_map.values())))
+    files = {file.name for file in index.parent.iterdir() if file.is_file()}
+    if missing := [name for name in names if name not in files]:
+        raise MissingFileError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
+    return [index.parent / name for name in names]
 
 
 def pickled_advice(names: Iterable[str]) -> str:

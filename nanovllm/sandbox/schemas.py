@@ -227,8 +227,7 @@ def _check_integers(keyword: str, value: Any) -> None:
     for entry in value if isinstance(value, list) else ():
         _check_integers(keyword, entry)
     # The smallest integer makes llguidance overflow the stack, and it writes the largest one for a larger float.
-    is_integer = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if is_integer and not _INT64[0] < value <= _INT64[1]:
+    if isinstance(value, int | float) and value == value // 1 and not _INT64[0] < value <= _INT64[1]:
         raise ValueError(f"{keyword} must have integers of 64 bits, got {str(value)[:40]}")
 
 

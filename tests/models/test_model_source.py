@@ -495,6 +495,31 @@ def test_broken_file_is_named(tmp_path, file, content):
         dict(open_model(folder).weights())
 
 
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_weights_that_the_config_names_are_read_as_transformers_does(tmp_path, is_indexed):
+    folder = save_tiny(tmp_path, "qwen3")
+    wanted = save_tiny(tmp_path / "other", "qwen3", seed=5)
+    (wanted / "model.safetensors").rename(folder / "new.safetensors")
+    weight_map = dict.fromkeys(load_file(folder / "new.safetensors"), "new.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "new.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    name = "new.safetensors.index.json" if is_indexed else "new.safetensors"
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    reference = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in open_model(folder).weights():
+        assert torch.equal(tensor, reference[name])
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../model.safetensors", "model.bin", 5])
+def test_wrong_name_of_weights_in_the_config_is_refused(tmp_path, name):
+    folder = save_tiny(tmp_path, "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    with pytest.raises(ValueError, match=re.escape(str(name))):
+        open_model(folder)
+
+
 @pytest.mark.parametrize(
     ("size", "named"),
     [
