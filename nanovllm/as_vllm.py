@@ -5,9 +5,9 @@
 
     python -m nanovllm.as_vllm lm_eval --model vllm ...  # the same for a command
 
-This gives nanovllm's objects vLLM's module names, and nothing else: what they do is theirs. The one exception is
-`AsyncLLM`, whose outputs have everything so far by default. A module or a name that is not in `MODULES` is not there.
-Nothing else imports this file.
+This gives nanovllm's objects vLLM's module names, and nothing else: what they do is theirs. There are two exceptions:
+`sleep` moves the weights at level 1 too, and the outputs of `AsyncLLM` have everything so far by default. A module or a
+name that is not in `MODULES` is not there. Nothing else imports this file.
 """
 
 import importlib.metadata
@@ -23,6 +23,7 @@ from typing import Any
 import nanovllm
 from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.engine.chat_template import resolve_chat_template
+from nanovllm.engine.memory_parts import parts_of_level
 
 # The vLLM whose names these are. Programs compare it to know which names there are.
 VLLM_VERSION = "0.26.0"
@@ -37,8 +38,23 @@ def _absent(name: str) -> type:
     return type(name, (), {"__init__": refuse, "__module__": __name__})
 
 
+class LLM(nanovllm.LLM):
+    """`nanovllm.LLM` for programs that need the memory of the weights while it sleeps, whatever the level."""
+
+    def sleep(self, level: int = 1) -> None:
+        parts_of_level(level)  # raises for a wrong level
+        super().sleep(2)
+
+
 class AsyncLLM(nanovllm.AsyncLLM):
-    """`nanovllm.AsyncLLM` for programs that read the whole text from the last output: CUMULATIVE is the default."""
+    """`nanovllm.AsyncLLM` for programs that read the whole text from the last output: CUMULATIVE is the default.
+
+    Its `sleep` is that of `LLM` here.
+    """
+
+    async def sleep(self, level: int = 1) -> None:
+        parts_of_level(level)  # raises for a wrong level
+        await super().sleep(2)
 
     def generate(
         self,
@@ -65,14 +81,14 @@ def _resolve_chat_template(
 MODULES: dict[str, dict[str, Any]] = {
     "vllm": {
         "__version__": VLLM_VERSION,
-        "LLM": nanovllm.LLM,
+        "LLM": LLM,
         "CompletionOutput": nanovllm.CompletionOutput,
         "RequestOutput": nanovllm.RequestOutput,
         "SamplingParams": nanovllm.SamplingParams,
         "TextPrompt": nanovllm.TextPrompt,
         "TokensPrompt": nanovllm.TokensPrompt,
     },
-    "vllm.entrypoints.llm": {"LLM": nanovllm.LLM},
+    "vllm.entrypoints.llm": {"LLM": LLM},
     "vllm.inputs": {"TextPrompt": nanovllm.TextPrompt, "TokensPrompt": nanovllm.TokensPrompt},
     "vllm.logprobs": {"Logprob": nanovllm.Logprob},
     "vllm.outputs": {"CompletionOutput": nanovllm.CompletionOutput, "RequestOutput": nanovllm.RequestOutput},

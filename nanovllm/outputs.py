@@ -188,8 +188,8 @@ class CompletionOutput:
         token_ids: the generated tokens, including the one that ended the sample.
         finish_reason: "stop" (end-of-sequence, stop id or string, or a structured output is complete), "length",
             "abort", or None while the sample goes on.
-        stop_reason: the stop id or stop string that ended the sample, or why a structured output had to be aborted;
-            None for an end-of-sequence token and in all other cases.
+        stop_reason: the stop id or stop string that ended the sample, or why its grammar or its bad words had it
+            aborted; None for an end-of-sequence token and in all other cases.
         logprobs: the requested log-probabilities of each token, by token id; None if none were requested.
         cumulative_logprob: sum of the log-probabilities of the sample's tokens so far, also of those that earlier
             outputs of a stream had; None if none were requested.
@@ -235,7 +235,9 @@ class RequestOutput:
     """A request's results; from `stream` and `AsyncLLM`, only what is new since the last output.
 
     The fields of the first sample can be read as attributes (`out.text`) and by key (`out["text"]`), as in nano-vLLM's
-    dicts. `json.dumps(dataclasses.asdict(output))` is JSON; a `Logprob` is a list in it. Only "processed_logprobs" of
+    dicts. They are empty if an output of a stream has nothing new of this sample.
+
+    `json.dumps(dataclasses.asdict(output))` is JSON; a `Logprob` is a list in it. Only "processed_logprobs" of
     tokens that cannot be sampled are -Infinity, which JSON does not have.
 
     Args:
@@ -266,24 +268,32 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
 
     @property
+    def _first(self) -> CompletionOutput:
+        """The first sample; an empty one if this output has nothing of it."""
+        for sample in self.outputs[:1]:
+            if sample.index == 0:
+                return sample
+        return CompletionOutput(index=0, text="", token_ids=[], finish_reason=None)
+
+    @property
     def text(self) -> str:
-        return self.outputs[0].text
+        return self._first.text
 
     @property
     def token_ids(self) -> list[int]:
-        return self.outputs[0].token_ids
+        return self._first.token_ids
 
     @property
     def finish_reason(self) -> str | None:
-        return self.outputs[0].finish_reason
+        return self._first.finish_reason
 
     @property
     def stop_reason(self) -> int | str | None:
-        return self.outputs[0].stop_reason
+        return self._first.stop_reason
 
     @property
     def logprobs(self) -> LogprobRows | None:
-        return self.outputs[0].logprobs
+        return self._first.logprobs
 
     def __getitem__(self, key: str) -> Any:
         if key in self.keys():

@@ -71,6 +71,11 @@ class EngineCore:
             return bool(self.in_flight)
         return len(self.in_flight) > self.overlap
 
+    @property
+    def num_launched(self) -> int:
+        """Number of launched steps."""
+        return self.num_steps + len(self.in_flight)
+
     def _update(self, step: ScheduledStep, output: StepOutput) -> None:
         """Take in the tokens of a step, and gather the outputs of finished and streamed requests."""
         self.num_steps += 1

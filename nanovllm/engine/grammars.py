@@ -65,7 +65,8 @@ class GrammarFilter:
     def error(self) -> str | None:
         if self.is_blocked:
             return "min_tokens forbids all tokens that the grammar lets follow"
-        return find_error(self.matcher)
+        error = find_error(self.matcher)
+        return None if error is None else f"the grammar: {error}"
 
     def accept(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)

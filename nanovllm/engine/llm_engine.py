@@ -165,7 +165,7 @@ class LLMEngine:
     def _log(self, batch: Batch, seconds: float) -> None:
         now = self.metrics()
         logger.info(
-            f"step {now.num_steps}: {batch.num_decode} decode rows, {len(batch.prefill_rows)} prefill rows, "
+            f"step {self.core.num_launched}: {batch.num_decode} decode rows, {len(batch.prefill_rows)} prefill rows, "
             f"{batch.num_tokens} tokens, {1e3 * seconds:.2f} ms; {now.num_running} running, {now.num_waiting} waiting, "
             f"KV {now.kv_usage:.0%} used"
         )

@@ -82,7 +82,7 @@ class Sequence:
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
         virtual_time: decides whose mask is computed next, see `Scheduler._compute_masks`; 0 before the first one.
-        mask_error: why the sequence must end, if a mask took too long.
+        mask_error: why the sequence must end before it needs another mask, if one took too long.
         num_pending: how many tokens the steps in flight sample for it: at most `EngineCore.overlap` + 1.
         num_in_flight: how many launched steps with a row of this sequence are not collected yet.
         num_scored: how many prompt tokens have their logprobs once all scheduled steps have run.

@@ -1,4 +1,4 @@
-"""Decides whether a sequence's newest token ends it. No torch here."""
+"""Takes in a sequence's newest token, and decides whether the token ends it. No torch here."""
 
 from nanovllm.engine.sequence import Sequence
 
@@ -18,7 +18,7 @@ def accept_token(seq: Sequence, token_id: int) -> tuple[str, int | str | None] |
         stop_string = seq.detokenizer.add(token_id, can_stop)
     if seq.token_filter:
         seq.token_filter.accept(token_id)
-        if error := seq.mask_error or seq.token_filter.error:
+        if error := seq.token_filter.error:
             return "abort", error
     if is_stop_id:
         return "stop", token_id if token_id in params.stop_token_ids else None
@@ -28,4 +28,6 @@ def accept_token(seq: Sequence, token_id: int) -> tuple[str, int | str | None] |
         return "stop", None
     if num_generated >= seq.max_tokens:
         return "length", None
+    if seq.mask_error:  # another mask would take too long
+        return "abort", seq.mask_error
     return None

@@ -78,8 +78,8 @@ class BatchState:
     Attributes:
         last_token: [S + 1] int64, the last sampled token. Its K and V are not in the cache yet.
         length: [S + 1] int32, the number of tokens before `last_token`, which is its position.
-        block_tables: [S + 1, W] int32. Entries that no sequence owns are `scratch_block`.
-        host_tables: the host's copy of them.
+        block_tables: [S + 1, W] int32. Entries after a sequence's blocks are arbitrary.
+        host_tables: the same on the host, with `scratch_block` in these entries: shared prefixes are found in it.
         sampling: the slots' sampling parameters.
         admission_epoch: grows whenever slots get new sequences.
     """
@@ -103,6 +103,14 @@ class BatchState:
         bytes_per_token += 32 / self.block_size
         num_bytes = bytes_per_token * config.max_num_batched_tokens + bytes_per_row * num_slots
         self.staging = Staging(int(num_bytes) + 1, device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the state on the device."""
+        sampling = self.sampling
+        tensors = [self.last_token, self.length, self.block_tables]
+        tensors += [sampling.table, sampling.counts, sampling.masks, sampling.bias]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def apply(self, batch: Batch) -> None:
         """Send the changes in `batch`: parameters of new sequences, new block ids, new masks."""

@@ -264,6 +264,7 @@ class ModelRunner:
             raise ValueError(f"{message}: {error}") from error
         vocab_size = self.model.config.vocab_size
         self.state = BatchState(self.config, self.max_blocks, sizes.scratch_block, vocab_size, self.device)
+        self.batch_state_bytes = self.state.num_bytes
         self.forward = Forward(self.model, self.state, self.backend, self.pool, self.counters)
         self.token_ring = deque(host_buffer(self.config.max_num_seqs, torch.int64, self.device) for _ in range(2))
 
@@ -432,7 +433,7 @@ class ModelRunner:
             if "weights" in parts:
                 spare -= sum(param.nbytes for param in self.model.parameters())
             if "kv_cache" in parts:
-                spare -= self.pool.num_bytes(self.sizes)
+                spare -= self.pool.num_bytes(self.sizes) + self.batch_state_bytes
             return max(0, -self.tp.all_reduce_min(spare, self.device))
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:

@@ -77,7 +77,7 @@ def aborted(stop_reason: int | str | None) -> ApiError:
     """Return the error of a request with a sample whose finish_reason is "abort"."""
     if stop_reason is None:
         return ApiError(503, "the server has ended this request")
-    return ApiError(400, f"the structured output was given up: {stop_reason}", param="structured_outputs")
+    return ApiError(400, f"the output was given up: {stop_reason}")
 
 
 def endpoint_path(scope: Any) -> str:

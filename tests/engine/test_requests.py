@@ -681,6 +681,17 @@ def test_chat_uses_the_template_and_its_options(speaking):
             llm.chat(messages)
 
 
+def test_attributes_of_a_stream_s_outputs_are_those_of_the_first_sample(speaking):
+    with engine(speaking) as llm:
+        params = sampled(20, n=3, seed=7, stop=["e", "o"], logprobs=1)
+        (want,) = llm.generate(["Hello"], params.clone(output_kind=RequestOutputKind.FINAL_ONLY), use_tqdm=False)
+        outputs = list(llm.stream("Hello", params))
+    lengths = [len(sample.token_ids) for sample in want.outputs]
+    assert lengths[0] < max(lengths), "the first sample must end before the others"
+    assert "".join(output.text for output in outputs) == want.text
+    assert [token_id for output in outputs for token_id in output.token_ids] == want.outputs[0].token_ids
+
+
 # -- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -710,7 +721,8 @@ def test_steps_are_logged_only_with_log_steps(model, caplog):
         assert not any("step" in record.message for record in caplog.records)
         with engine(model, log_steps=True) as llm:
             tokens(llm, prompts_of([5]), greedy(3))
-    assert sum("decode rows" in record.message for record in caplog.records) == 3
+    steps = [record.message.split(":")[0] for record in caplog.records if "decode rows" in record.message]
+    assert steps == ["step 1", "step 2", "step 3"]
 
 
 @pytest.mark.parametrize("overlap", [0, 1])

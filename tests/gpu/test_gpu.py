@@ -269,6 +269,22 @@ def test_engine_sleeps_on_while_somebody_else_has_its_memory():
             assert tokens(llm, [[5, 6, 7]], greedy(8)) == want
 
 
+@measures_memory
+def test_engine_sleeps_on_without_room_for_the_counts_of_its_slots():
+    with LLM("qwen3-0.6b", load_format="dummy", max_model_len=256, max_num_seqs=2048) as llm:
+        runner = llm.llm_engine.executor.runner
+        counts, cache = runner.state.sampling.counts.nbytes, runner.pool.num_bytes(runner.sizes)
+        assert counts > 500 << 20
+        llm.sleep()
+        torch.cuda.empty_cache()
+        trainer = torch.empty(torch.cuda.mem_get_info()[0] - cache - counts // 2, dtype=torch.uint8, device="cuda")
+        with pytest.raises(RuntimeError, match=r"still sleeps: wake_up lacks .* GiB"):
+            llm.wake_up()
+        del trainer
+        llm.wake_up()
+        assert len(tokens(llm, [[5, 6, 7]], greedy(8))[0]) == 8
+
+
 def compiled_kernels(options):
     """Return the names of the kernels that an engine compiles at its start, and of those while requests run."""
     compiled = []

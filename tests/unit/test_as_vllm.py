@@ -35,7 +35,7 @@ def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
         from vllm.sampling_params import StructuredOutputsParams
         import vllm.v1.engine.async_llm
 
-        assert LLM is nanovllm.LLM and SamplingParams is nanovllm.SamplingParams
+        assert issubclass(LLM, nanovllm.LLM) and SamplingParams is nanovllm.SamplingParams
         assert StructuredOutputsParams is nanovllm.StructuredOutputsParams
         assert issubclass(vllm.v1.engine.async_llm.AsyncLLM, nanovllm.AsyncLLM)
         assert importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm.outputs")
@@ -43,6 +43,28 @@ def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
         assert importlib.metadata.packages_distributions()["vllm"] == ["vllm"]
         assert importlib.metadata.version("numpy")
         assert TokensPrompt(prompt_token_ids=[1, 2])["prompt_token_ids"] == [1, 2]
+    """)
+
+
+def test_sleep_gives_the_weights_back_at_each_level(tmp_path):
+    path = save_tiny(tmp_path, "qwen3")
+    run(f"""
+        import asyncio, pytest
+        import nanovllm.as_vllm
+        from vllm import LLM
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        with LLM({str(path)!r}, device="cpu", max_model_len=64) as llm:
+            for level in (1, 2):
+                llm.sleep(level=level)
+                assert llm.llm_engine.guard.asleep == {{"weights", "kv_cache"}}
+                llm.wake_up()
+            with pytest.raises(ValueError, match="level must be"):
+                llm.sleep(3)
+        llm = AsyncLLM({str(path)!r}, device="cpu", max_model_len=64)
+        asyncio.run(llm.sleep())
+        assert llm.llm_engine.guard.asleep == {{"weights", "kv_cache"}}
+        llm.close()
     """)
 
 
@@ -90,10 +112,10 @@ def test_a_loaded_vllm_is_not_replaced():
 
 
 def test_a_command_runs_with_the_names(tmp_path):
-    command = "import sys, vllm, nanovllm.as_vllm\nprint(vllm.LLM.__module__, __name__, sys.argv[1:])\n"
+    command = "import sys, vllm, nanovllm.as_vllm\nprint(vllm.SamplingParams.__module__, __name__, sys.argv[1:])\n"
     (tmp_path / "own_command.py").write_text(command)
     output = run_python("-m", "nanovllm.as_vllm", "own_command", "--flag", path=[tmp_path])
-    assert output.split() == ["nanovllm.llm", "__main__", "['--flag']"]
+    assert output.split() == ["nanovllm.sampling_params", "__main__", "['--flag']"]
 
 
 def test_a_command_that_cannot_run_ends_with_one_line():

@@ -574,17 +574,21 @@ def test_a_long_prompt_starts_only_when_all_of_it_fits(caching, num_snapshots):
 def test_a_request_whose_mask_takes_too_long_ends_unless_ranks_schedule_for_themselves(monkeypatch, limit_masks):
     clock = Clock(monkeypatch)
     seqs = [filtered(clock, cost) for cost in (1.0, 0.001, 1.0)]
-    scheduler = Scheduler(4, 64, BlockManager(64, BLOCK), limit_masks=limit_masks)
+    # These need no more masks after their second token.
+    seqs += [filtered(clock, 1.0, num_tokens=2), filtered(clock, 1.0)]
+    second_token = expected(seqs[0].prompt_ids, seqs[0].params, ())[1]
+    seqs[4].stop_ids = frozenset([second_token])
+    scheduler = Scheduler(8, 64, BlockManager(64, BLOCK), limit_masks=limit_masks)
     for seq in seqs:
         scheduler.add(seq)
     times = serve(scheduler, clock)
     if limit_masks:
         assert max(times) < 1.1
-        assert [seq.finish_reason for seq in seqs] == ["abort", "length", "abort"]
+        assert [seq.finish_reason for seq in seqs] == ["abort", "length", "abort", "length", "stop"]
         assert "took over 20 ms" in seqs[0].stop_reason and len(seqs[0].output_ids) == 2
     else:  # then schedules must not depend on the clock
         assert max(times) > 2
-        assert [seq.finish_reason for seq in seqs] == ["length"] * 3
+        assert [seq.finish_reason for seq in seqs] == ["length"] * 4 + ["stop"]
 
 
 def test_a_request_ends_without_a_search_among_those_that_wait():
