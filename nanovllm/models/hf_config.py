@@ -124,7 +124,7 @@ def stated_dtype(config: Any) -> Any:
 
 def _check_variant(config: Any) -> None:
     """Raise ValueError for an unsupported variant of a supported family."""
-    if getattr(config, "hidden_act", "silu") != "silu":
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
     if not getattr(config, "is_causal", True):
         raise unsupported(f"is_causal={shown(config.is_causal)}")
@@ -155,12 +155,13 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     """Return the types of the layers; None if all have full attention.
 
     A layer whose window hides nothing has full attention, unless `keep` is true. Configs without `layer_types` have a
-    window in all layers or in none. A family without the options `layer_types` and `use_sliding_window` ignores them,
-    as transformers does.
+    window in all layers or in none. A family without the options `sliding_window`, `layer_types` or
+    `use_sliding_window` ignores them, as transformers does.
     """
     family = FAMILIES[config.model_type]
     is_uniform = family.uniform_window
-    window = getattr(config, "sliding_window", None)
+    has_window = "sliding_window" in family.options
+    window = getattr(config, "sliding_window", None) if has_window else None
     types = getattr(config, "layer_types", None)
     if is_uniform or not types:
         is_used = window and (is_uniform or getattr(config, "use_sliding_window", True))
@@ -172,10 +173,12 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
         if family.linear_attention is None:
             raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
         types = [family.linear_attention if layer_type == "linear_attention" else layer_type for layer_type in types]
+    elif not has_window and family.linear_attention is None:
+        return None
     if "sliding_attention" in types:
+        if not has_window:
+            raise unsupported(f"a model of type {shown(config.model_type)} with sliding attention")
         hides = checked_option("sliding_window", window, int) < max_position
-        if hides and "sliding_window" not in family.options:
-            raise unsupported(f"a model of type {config.model_type} with sliding_window={window}")
         if not hides and not keep:
             types = ["full_attention" if layer_type == "sliding_attention" else layer_type for layer_type in types]
     return None if all(layer_type == "full_attention" for layer_type in types) else tuple(types)

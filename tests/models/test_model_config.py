@@ -198,8 +198,7 @@ def test_dtype_and_end_tokens_are_read():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"is_causal": False}, "is_causal=False"),
-        ({"sliding_window": 1024}, "sliding_window=1024"),
-        ({"layer_types": FULL_AND_SLIDING, "sliding_window": 7}, "sliding_window=7"),
+        ({"model_type": "qwen3_next", "layer_types": FULL_AND_SLIDING}, "'qwen3_next' with sliding attention"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer of type 'chunked_attention'"),
         ({"model_type": "llama", "layer_types": ["linear_attention"] * 2}, "'llama' with linear attention"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
@@ -224,7 +223,7 @@ def test_unsupported_feature_is_refused_by_name(options, named):
         ({"num_attention_heads": 0}, "num_heads must be .*, got 0"),
         ({"hidden_size": "32"}, "hidden_size must be .*, got '32'"),
         ({"head_dim": 0}, "head_dim must be .*, got 0"),
-        ({"sliding_window": "4"}, "sliding_window must be .*, got '4'"),
+        ({"model_type": "mistral", "sliding_window": "4"}, "sliding_window must be .*, got '4'"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding_window must be .*, got None"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"], "sliding_window": 4}, "layer_types must be 2"),
         ({"layer_types": 5}, "layer_types must be a list, got 5"),
@@ -298,7 +297,8 @@ def test_dtype_of_a_whole_config_precedes_that_of_its_text(whole, text, found):
     "config",
     [
         hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False),
-        hf_config(model_type="llama", sliding_window=4096),
+        hf_config(sliding_window=1024, use_sliding_window=True),  # a llama's config does not have these
+        hf_config(layer_types=FULL_AND_SLIDING, sliding_window=7),
         hf_config(model_type="mistral", sliding_window=4096),
         hf_config(model_type="mistral", sliding_window=None),
         MistralConfig(sliding_window=4096, max_position_embeddings=4096),
@@ -320,6 +320,11 @@ def test_a_window_that_hides_nothing_is_no_window(config):
         (MistralConfig(sliding_window=100, use_sliding_window=False), {0: 100, 31: 100}),
         (Ministral3Config(sliding_window=100, use_sliding_window=False), {0: 100}),
         (Phi3Config(sliding_window=100, layer_types=["full_attention"] * 32), {0: 100, 31: 100}),
+        (
+            Qwen3MoeConfig(sliding_window=100, use_sliding_window=True, layer_types=["full_attention"] * 24),
+            {0: 100, 23: 100},
+        ),
+        (Qwen2MoeConfig(sliding_window=100, use_sliding_window=True), {0: 100, 1: 0, 2: 100}),
         (
             MinistralConfig(sliding_window=100, layer_types=["full_attention", "sliding_attention"] * 16),
             {0: 0, 31: 100},

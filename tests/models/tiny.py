@@ -61,7 +61,7 @@ TINY = {
             "norm_topk_prob": True,
         },
     ),
-    "qwen3-moe-mixed": (  # top 1, in every second layer
+    "qwen3-moe-mixed": (  # top 1, in every second layer; a window
         "qwen3_moe",
         {
             "heads": (4, 4),
@@ -71,6 +71,8 @@ TINY = {
             "num_experts_per_tok": 1,
             "moe_intermediate_size": 40,
             "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 12,
             "tied": True,
         },
     ),
