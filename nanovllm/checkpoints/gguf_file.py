@@ -182,6 +182,13 @@ class GgufFile:
             raise ValueError(f"{self.path} must have true or false as its metadata {key}, got {shown(value)}")
         return value
 
+    def text(self, key: str, default: str | None = None) -> str:
+        """Return the metadata. Raise ValueError if it is not a text, or is missing without a default."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise ValueError(f"{self.path} must have text as its metadata {key}, got {shown(value)}")
+        return value
+
     def texts(self, key: str) -> list[str]:
         """Return the metadata, [] if it is missing. Raise ValueError if it is not a list of texts."""
         value = self.get(key, [])

@@ -32,6 +32,8 @@ _GPT2_SPLITS = {"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion"}
 # These split digits from each other first, and then like GPT-2's.
 _DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
+_TEMPLATE = "tokenizer.chat_template"
+
 
 def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     """Return the file's transformers tokenizer. Other files of its folder may belong to another model.
@@ -76,6 +78,8 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if is_bpe and split in _DIGIT_SPLITS:
         digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if templates := _named_templates(file):
+        tokenizer.chat_template = templates
     if not is_bpe:
         # Like llama.cpp and SentencePiece: the space comes before each part of the text that starts it or follows a
         # special token, also if that part has one already. Metaspace of tokenizers leaves it out there.
@@ -126,8 +130,16 @@ def _check_types(file: GgufFile) -> None:
             raise ValueError(f"{file.path} must have {num_tokens} numbers as its metadata {key}, got {shown(values)}")
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         file.flag(f"tokenizer.ggml.{name}", False)
-    if not isinstance(template := file.get("tokenizer.chat_template", ""), str):
-        raise ValueError(f"{file.path} must have text as its metadata tokenizer.chat_template, got {shown(template)}")
+    file.text(_TEMPLATE, "")
+
+
+def _named_templates(file: GgufFile) -> dict[str, str]:
+    """Return a file's chat templates by their names; none if it has one at most."""
+    names = file.texts(f"{_TEMPLATE}s")
+    templates = {name: file.text(f"{_TEMPLATE}.{name}") for name in names}
+    if templates and _TEMPLATE in file.metadata:
+        templates["default"] = file.text(_TEMPLATE)
+    return templates
 
 
 def _unknown_specials(file: GgufFile) -> set[str]:

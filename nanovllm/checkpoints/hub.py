@@ -9,7 +9,9 @@ from nanovllm.checkpoints.weight_files import pickled_advice
 from nanovllm.checks import shown
 from nanovllm.library_errors import refusing
 
-_HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
+# Never *.py, never pickled weights.
+_HUB_FILES = ["*.json", "merges.txt", "tokenizer.model"]
+_TEMPLATES = "*.jinja"
 
 
 def download(
@@ -19,16 +21,17 @@ def download(
     from huggingface_hub import snapshot_download
 
     cache_dir = None if download_dir is None else local_path("download_dir", download_dir)
-    patterns = [*_HUB_FILES, "*.safetensors"] if with_weights else _HUB_FILES
+    files = [*_HUB_FILES, "*.safetensors"] if with_weights else _HUB_FILES
     # Errors of the hub, of its HTTP library, of the disk.
     with refusing(f"{name!r:.100} is not a local path and could not be fetched from the hub", Exception):
-        # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
+        # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts. A subfolder may
+        # also have more chat templates.
         folder = snapshot_download(
             name,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=patterns,
-            ignore_patterns=["*/*", "consolidated*"],
+            allow_patterns=[*files, _TEMPLATES],
+            ignore_patterns=[*(f"*/{pattern}" for pattern in files), "consolidated*"],
         )
     return Path(folder)
 

@@ -125,6 +125,26 @@ def _expected_tensors(config: ModelConfig) -> _ExpectedTensors:
     return _ExpectedTensors(shapes, needed, parts_of)
 
 
+def _check_numbers(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if a checkpoint has fewer layers or experts than the config says."""
+    layers: set[str] = set()
+    experts: set[str] = set()
+    num_merged = 0  # experts in a tensor of all experts
+    for name, shape in shapes.items():
+        if match := re.match(r"model\.layers\.(\d+)\.", full_name(name)):
+            layers.add(match[1])
+        if match := re.search(r"\.experts\.(\d+)\.", name):
+            experts.add(match[1])
+        elif ".experts." in name and shape:
+            num_merged = max(num_merged, shape[0])
+    if config.num_layers > len(layers):
+        raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
+    num_found = max(len(experts), num_merged)
+    if config.moe is not None and config.moe.num_experts > num_found:
+        num_experts = config.moe.num_experts
+        raise ValueError(f"the model's num_experts is {num_experts}, but the checkpoint has {num_found} experts")
+
+
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Compare a config's sizes with a checkpoint's tensors, before memory of these sizes is allocated.
 
@@ -134,12 +154,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     Raises:
         ValueError: a tensor is missing, unknown, or has another shape than the config's sizes imply.
     """
-    layers = set()
-    for name in map(full_name, shapes):
-        if match := re.match(r"model\.layers\.(\d+)\.", name):
-            layers.add(match[1])
-    if config.num_layers > len(layers):
-        raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
+    _check_numbers(config, shapes)
     expected = _expected_tensors(config)
     found: set[str] = set()
     for given, shape in shapes.items():

@@ -78,7 +78,10 @@ class ModelSource:
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         path = self.tokenizer_path or self.path
         if path is None or not self.has_tokenizer:
-            raise ValueError(f"the model {path or ''} has no tokenizer: give prompts as token ids")
+            advice = "give prompts as token ids"
+            if path is not None and (path / "tekken.json").exists():
+                advice = f"tekken.json is not supported; set tokenizer= to a folder with a tokenizer.json, or {advice}"
+            raise ValueError(f"the model {path or ''} has no tokenizer: {advice}")
         if not path.exists():
             raise ValueError(f"the tokenizer of {path} cannot be read: the path does not exist any more")
         return load_tokenizer(path)

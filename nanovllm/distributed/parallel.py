@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nanovllm.distributed.socket_group import SocketGroup
 from nanovllm.ops.comm import cuda_ipc
 from nanovllm.ops.comm.collectives import all_reduce_triton, all_to_all_triton, rows_of_rank
 from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce
@@ -212,6 +213,8 @@ class TensorParallel:
 
     def _abort(self) -> None:
         group: Any = self.group
-        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
+        if isinstance(group, SocketGroup):
+            group.abort()
+        elif isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
             with self.capture_lock:  # during a capture, the capturing thread's next collective would wait for the abort
                 group.abort()

@@ -7,6 +7,7 @@ that port than the process may have descriptors.
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,16 @@ class SocketGroup:
     def __init__(self, rank: int, sockets: Sequence[socket.socket]):
         self.rank = rank
         self.sockets = sockets
+
+    def abort(self) -> None:
+        """End all collectives for good, running ones included: they raise ConnectionError. Safe in any thread.
+
+        The end of a killed rank does not always end them. A process that the caller forked while the rank started may
+        have a copy of its socket.
+        """
+        for sock in self.sockets:
+            with suppress(OSError):  # it is closed
+                sock.shutdown(socket.SHUT_RDWR)
 
     def allreduce(self, tensors: list[torch.Tensor], options: "dist.AllreduceOptions | None" = None) -> CompletedWork:
         (x,) = tensors

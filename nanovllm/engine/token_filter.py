@@ -126,7 +126,7 @@ class AllowedTokens:
         return self.usual_mask if self.is_blocked else _pack_bits(allowed)
 
 
-# Texts to tokenize a word after. After at least one of them, the word's first token should stay separate.
+# Texts to tokenize a word after. After each of them, the word may have other tokens.
 _ANCHORS = ("=", "a", "1", "\n")
 
 
@@ -134,7 +134,7 @@ def _spellings(words: Iterable[str], encode_all: Callable[[list[str]], list[list
     """Return the token ids of each bad word as it is written, and after a space unless it starts with white space.
 
     A tokenizer may put a space before each text that it encodes, and an output does not start a text. So the ids are
-    those that a word adds to another text, the anchor.
+    those that a word adds to another text, the anchor. After some anchors, the word's first token merges with theirs.
     """
     forms = []
     for word in words:
@@ -142,18 +142,14 @@ def _spellings(words: Iterable[str], encode_all: Callable[[list[str]], list[list
         if not word[0].isspace():
             forms.append(" " + word)
     spellings = set()
+    always_merged = set(forms)
     for anchor in _ANCHORS:
         anchor_ids, *anchored_ids = encode_all([anchor, *(anchor + form for form in forms)])
-        merged = []  # forms whose first token merges with the anchor
         for form, ids in zip(forms, anchored_ids, strict=True):
             if anchor_ids and ids[: len(anchor_ids)] == anchor_ids:
                 spellings.add(tuple(ids[len(anchor_ids) :]))
-            else:
-                merged.append(form)
-        forms = merged
-        if not forms:
-            break
-    spellings.update(map(tuple, encode_all(forms)))
+                always_merged.discard(form)
+    spellings.update(map(tuple, encode_all(list(always_merged))))
     return spellings - {()}
 
 

@@ -34,7 +34,9 @@ def main(rank: int, parent: int, report: int, connection: int, sock: int, store:
     messages = Connection(connection, writable=False)
     try:
         _end_with(parent)
-        _run_rank(rank, messages, socket.socket(fileno=sock), store)
+        collectives = socket.socket(fileno=sock)
+        _run_rank(rank, messages, collectives, store)
+        collectives.close()
     except BaseException:
         try:
             Connection(report, readable=False).send(traceback.format_exc())

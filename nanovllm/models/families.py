@@ -71,9 +71,7 @@ FAMILIES = {
     "llama": Family(options=_LLAMA),
     "mistral": Family(options=_WINDOW, uniform_window=True, unused_tensors=_PIXTRAL),
     "mistral3": Family(is_nested=True),
-    "qwen3_moe": Family(
-        options={**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True}, uniform_window=True, has_experts=True
-    ),
+    "qwen3_moe": Family(options={**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True}, uniform_window=True, has_experts=True),
     "qwen2_moe": Family(options={**_WINDOW, "qkv_bias": "qkv_bias"}, has_experts=True, has_shared_expert=True),
     "qwen3_next": _QWEN3_NEXT,
     "qwen3_5": Family(is_nested=True),

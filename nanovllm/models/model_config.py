@@ -44,6 +44,8 @@ _MAX_END_IDS = 1024  # real models have a few
 # Kernels hold a value for each expert in registers. Real models have up to 512 experts, and 22 per token.
 MAX_EXPERTS = 4096
 _MAX_EXPERTS_PER_TOKEN = 64
+# Bounds the table of expected tensors. Real models have up to 31,000 experts.
+_MAX_ALL_EXPERTS = 1 << 16
 # Bounds the tables with an entry for each feature of all heads, which are made before the weights show the sizes.
 _MAX_FEATURES = 1 << 20
 # Bounds the loops over layers that run before the weights show how many there are.
@@ -202,7 +204,7 @@ class ModelConfig:
         if self.sliding_rope is not None:
             self._check_rope(*self.sliding_rope)
         if self.moe is not None:
-            _check_moe(self.moe)
+            _check_moe(self.moe, self.num_layers)
         self._check_layers()
 
     @property
@@ -357,12 +359,15 @@ def _check_features(name: str, num_heads: int, head_dim: int) -> None:
         raise ValueError(f"{message}, got {num_heads} heads of {head_dim}")
 
 
-def _check_moe(moe: MoEConfig) -> None:
+def _check_moe(moe: MoEConfig, num_layers: int) -> None:
     # 0 stands for no shared expert, and would be out of range as a size.
     has_shared_expert = moe.shared_intermediate_size != 0
     check_options(moe if has_shared_expert else replace(moe, shared_intermediate_size=1), "moe.")
     if moe.num_experts > MAX_EXPERTS:
         raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {moe.num_experts}")
+    if num_layers * moe.num_experts > _MAX_ALL_EXPERTS:
+        most = f"at most {_MAX_ALL_EXPERTS} experts in all layers together"
+        raise ValueError(f"the model must have {most}, got {num_layers} layers of num_experts={moe.num_experts}")
     most = min(moe.num_experts, _MAX_EXPERTS_PER_TOKEN)
     if moe.experts_per_token > most:
         raise ValueError(f"the model's experts_per_token must be at most {most}, got {moe.experts_per_token}")

@@ -1,5 +1,6 @@
 """Tensor-parallel ranks as processes on the CPU: the tokens of one rank, clear errors, nothing left behind."""
 
+import contextlib
 import errno
 import gc
 import json
@@ -179,6 +180,29 @@ def test_a_killed_or_stopped_rank_raises_a_clear_error_in_seconds(model, want, n
         # A new engine is not affected.
         with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
             assert tokens(llm) == want
+
+
+def test_a_killed_rank_is_noticed_although_another_process_has_a_copy_of_its_sockets(model, monkeypatch):
+    """As a process that the caller forks while the rank starts."""
+    copies = []
+
+    @contextlib.contextmanager
+    def connect(channels):
+        with original(channels) as descriptors:
+            copies.extend(map(os.dup, descriptors))
+            yield descriptors
+
+    original = RankChannels.connect
+    monkeypatch.setattr(RankChannels, "connect", connect)
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        llm.add_request(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
+        llm.step()
+        os.kill(*rank_pids(), signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="rank 1"):
+            while llm.has_unfinished():
+                llm.step()
+    for descriptor in copies:
+        os.close(descriptor)
 
 
 def test_signals_to_all_processes_of_a_job_end_no_rank(model, want):

@@ -391,6 +391,15 @@ def test_tokenizer_of_the_file_is_read_in_spite_of_another_in_its_folder(tmp_pat
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi", add_special_tokens=False)) == ["h", "i"]
 
 
+def test_named_chat_templates_of_a_file_are_read(tmp_path):
+    metadata = {"tokenizer__chat_templates": ["tool_use"], "tokenizer__chat_template__tool_use": "TOOLS {{ tools }}"}
+    tokenizer = open_model(write_words(tmp_path / "tiny.gguf", **metadata)).tokenizer()
+    assert tokenizer.chat_template == {"default": "{{ messages[0].content }}", "tool_use": "TOOLS {{ tools }}"}
+    path = write_words(tmp_path / "wrong.gguf", tokenizer__chat_templates=["tool_use"])
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template\.tool_use, got None"):
+        open_model(path).tokenizer()
+
+
 @pytest.mark.parametrize("name", ["qwen3-moe", "qwen2-moe"])
 def test_tokenizer_of_a_mixture_of_experts_is_read(tmp_path, name):
     tokenizer = open_model(write_words(tmp_path / "tiny.gguf", name, tokenizer__ggml__pre="qwen2")).tokenizer()

@@ -435,6 +435,7 @@ def test_impossible_options_of_a_config_are_named(change, message):
     [
         ({"num_experts": 0}, "moe.num_experts must be an integer from 1 to 2..24, got 0"),
         ({"num_experts": 4097}, "num_experts must be at most 4096, got 4097"),
+        ({"num_experts": 4096}, "65536 experts in all layers together, got 48 layers of num_experts=4096"),
         ({"experts_per_token": 129}, "experts_per_token must be at most 64, got 129"),
         ({"num_experts": 4}, "experts_per_token must be at most 4, got 8"),
         ({"intermediate_size": 2.0}, "moe.intermediate_size must be .*, got 2.0"),

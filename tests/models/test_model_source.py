@@ -359,6 +359,16 @@ def test_hub_id_is_downloaded_once_without_code_and_other_layouts(fake_hub, tmp_
     assert open_model("owner/name").path == path
 
 
+def test_hub_models_have_their_additional_chat_templates(fake_hub, tmp_path):
+    folder = save_tiny_with_tokenizer(tmp_path, "llama", "{{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS {{ tools }}")
+    fake_hub.models["owner/name"] = folder
+    templates = open_model("owner/name").tokenizer().chat_template
+    assert templates == {"default": "{{ messages[0].content }}", "tool_use": "TOOLS {{ tools }}"}
+    assert get_tokenizer("owner/name").chat_template == templates
+
+
 def test_hub_id_with_dummy_weights_downloads_no_weights(fake_hub, tmp_path):
     fake_hub.models["owner/name"] = save_tiny(tmp_path, "llama")
     with tiny_llm("owner/name", load_format="dummy") as llm:
@@ -413,6 +423,13 @@ def test_hub_error_is_reported(fake_hub, status, message):
     fake_hub.models["owner/name"] = status
     with pytest.raises(ValueError, match=rf"'owner/name' is not a local path.*hub: [^$]*{message}"):
         LLM("owner/name", device="cpu")
+
+
+def test_a_folder_whose_only_tokenizer_is_tekken_json_says_so(tmp_path):
+    folder = save_tiny(tmp_path, "llama")
+    (folder / "tekken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tekken\.json is not supported; set tokenizer= to a folder"):
+        open_model(folder).tokenizer()
 
 
 def test_malformed_hub_id_is_refused_without_a_request(fake_hub):
@@ -493,6 +510,14 @@ def test_broken_file_is_named(tmp_path, file, content):
         (folder / "model.safetensors").unlink()  # it would be read in place of shards that are gone
     with pytest.raises(ValueError, match="eos_token_id" if "eos" in str(content) else re.escape(file)):
         dict(open_model(folder).weights())
+
+
+def test_experts_that_the_checkpoint_lacks_are_refused_before_they_are_listed(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3-moe")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(("num_experts", "num_local_experts"), 4096)))
+    with pytest.raises(ValueError, match="num_experts is 4096, but the checkpoint has 16 experts"):
+        open_model(folder)
 
 
 @pytest.mark.parametrize("is_indexed", [False, True])

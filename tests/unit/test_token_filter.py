@@ -91,6 +91,16 @@ def test_a_word_that_merges_with_what_is_before_it_is_spelled_after_something_el
     assert banned(TOKENIZERS["byte-level"], "\n\n") == {"ĊĊ"}
 
 
+def test_a_word_has_the_spellings_after_each_kind_of_text():
+    """GPT-2's pre-tokenizer splits "a's" into "a" and "'s", but "='s" into "='" and "s"."""
+    tokens = [*sorted(BYTES), "'s"]
+    model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("'", "s")])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert banned(tokenizer, "'s") == {"'s"}
+    assert banned(tokenizer, "'s", after=("'",)) == {"'s", "s"}
+
+
 @pytest.mark.parametrize("word", ["ok", "okab", "bok"])
 def test_spellings_with_tokens_beyond_the_model_s_vocabulary_are_dropped(word):
     tokenizer = TOKENIZERS["byte-level"]
