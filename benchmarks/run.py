@@ -45,8 +45,8 @@ def run_engine(args: Namespace) -> list[Row]:
             if args.trace and isinstance(engine, Nanovllm):
                 try:
                     write_trace(engine, args)
-                except OSError as error:  # the figures are still shown
-                    print(f"the trace cannot be written: {error}", file=sys.stderr)
+                except (OSError, ValueError) as error:  # the figures are still shown
+                    print(f"bench.py: the trace cannot be written: {error}", file=sys.stderr)
         finally:
             engine.close()
     return sorted(rows, key=lambda row: WORKLOAD_NAMES.index(row["workload"]))

@@ -20,7 +20,12 @@ STEP_EVENT = "host: step"
 
 
 def write_trace(engine: Nanovllm, args: Namespace) -> None:
-    """Trace TRACE_STEPS steps of the offline workload, from the first one that only decodes."""
+    """Trace TRACE_STEPS steps of the offline workload, from the first one that only decodes.
+
+    Raises:
+        ValueError: it does not have so many.
+        OSError: the file cannot be written.
+    """
     llm = engine.llm
     (group,), _ = offline(args, engine.config.vocab_size, engine.max_model_len)
     engine.reset()
@@ -41,6 +46,8 @@ def write_trace(engine: Nanovllm, args: Namespace) -> None:
                     llm.step()
             if engine.on_gpu:
                 torch.cuda.synchronize()
+    if len(steps) < TRACE_STEPS or not all(map(only_decodes, steps)):
+        raise ValueError(f"the offline workload has fewer than {TRACE_STEPS} decode steps; raise --output-len")
     for request_id in request_ids:
         llm.abort(request_id)
     while llm.has_unfinished():

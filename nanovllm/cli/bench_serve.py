@@ -12,6 +12,7 @@ from random import Random
 from nanovllm.checks import ABOVE_0, check_fields, within
 from nanovllm.cli.bench_report import GOALS, Run, summary, table
 from nanovllm.cli.http_stream import Answer, Server, public_url
+from nanovllm.library_errors import refusing
 from nanovllm.progress import ProgressBar
 from nanovllm.utils.open_files import allow_open_files
 
@@ -105,7 +106,8 @@ def bench_serve(options: BenchOptions) -> int:
         shown = {name: getattr(options, name) for name in BenchOptions.__slots__ if name not in ("api_key", "json")}
         shown["url"] = public_url(options.url)
         shown["request_rate"] = None if math.isinf(options.request_rate) else options.request_rate
-        Path(options.json).write_text(json.dumps({"options": shown, **figures}, indent=2) + "\n")
+        with refusing(f"{options.json} cannot be written", OSError):
+            Path(options.json).write_text(json.dumps({"options": shown, **figures}, indent=2) + "\n")
     return 0 if figures["completed"] else 1
 
 

@@ -449,6 +449,14 @@ def test_features_that_need_a_tokenizer_are_left_out_without_one(model):
     assert not is_allowed({"stop": "a"}, args, 1000) and is_allowed({"logit_bias": {5: 1.0}}, args, 1000)
 
 
+def test_trace_of_too_few_decode_steps_says_so(model, tmp_path, capsys):
+    path = tmp_path / "trace.json"
+    bench.main(["--model", model, "--device", "cpu", *SMALL, "--output-len", "1", "1", "--trace", str(path)])
+    shown = capsys.readouterr()
+    assert "fewer than 6 decode steps; raise --output-len" in shown.err and "offline" in shown.out
+    assert not path.exists()
+
+
 def test_plot_and_trace_are_written(model, tmp_path):
     plot, trace = tmp_path / "limits.svg", tmp_path / "trace.json.gz"
     flags = ["--model", model, "--device", "cpu", *SMALL, "--plot", str(plot), "--trace", str(trace)]
