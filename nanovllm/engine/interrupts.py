@@ -1,4 +1,4 @@
-"""Holds back Ctrl-C and alarms while work runs that must not stop half done."""
+"""Holds back Ctrl-C, SIGTERM and alarms while work runs that must not stop half done."""
 
 import signal
 import threading
@@ -10,7 +10,10 @@ Item = TypeVar("Item")
 
 
 class DeferInterrupts:
-    """Hold back Ctrl-C and alarms until the end of a `with` block; programs often stop a slow call with an alarm.
+    """Hold back signals whose Python handlers may raise, until the end of a `with` block.
+
+    They are SIGINT (Ctrl-C), SIGTERM, with which a cluster announces the end of a job, and SIGALRM, with which programs
+    often stop a slow call.
 
     Keep the block short. If it hangs, a second signal of the same kind gets through. Blocks may be nested; the
     outermost one holds the signals back.
@@ -56,7 +59,7 @@ class DeferInterrupts:
         """Replace the signals' Python handlers, except those of an enclosing block. Only the main thread has any."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGALRM, signal.SIGTERM):
             handler = signal.getsignal(number)
             enclosing = getattr(handler, "__self__", None)
             if callable(handler) and not (isinstance(enclosing, DeferInterrupts) and enclosing.active):

@@ -440,18 +440,15 @@ def test_an_interrupt_leaves_a_usable_engine(model, handler, error):
         signal.signal(signal.SIGINT, before)
 
 
-def test_an_alarm_leaves_a_usable_engine(model):
-    """Timeouts are often made so."""
-
-    def ring(number, frame):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, ring)
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM])
+def test_an_alarm_or_sigterm_leaves_a_usable_engine(model, number):
+    """Timeouts are often made so, and clusters announce the end of a job."""
+    before = signal.signal(number, stop)
     try:
-        check_interrupt(model, TimeoutError, signal.SIGALRM)
-        assert signal.getsignal(signal.SIGALRM) is ring
+        check_interrupt(model, Stop, number)
+        assert signal.getsignal(number) is stop
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(number, before)
 
 
 def test_an_alarm_while_the_handlers_are_changed_leaves_them_as_they_were(monkeypatch):
