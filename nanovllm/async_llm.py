@@ -25,8 +25,8 @@ from nanovllm.executor.start import is_replicated
 from nanovllm.input_threads import InputThreads, future_of
 from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
-from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
-from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.output_stream import OutputStream, keep_newest
+from nanovllm.outputs import Metrics, RequestOutput, merge_deltas
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, copy_params
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 

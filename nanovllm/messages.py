@@ -76,8 +76,8 @@ class Batch:
         scored_rows: the same for the rows that have `scored_ids`.
         state_loads: (snapshot's state slot, slot): recurrent state to copy before the step.
         state_saves: (slot, snapshot's state slot): recurrent state to copy after the step.
-        processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from. The flags of
-            their slots say which.
+        wants_processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from. The flags
+            of their slots say which.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Batch:
     scored_rows: dict[int, list[int]] = field(default_factory=dict)
     state_loads: list[tuple[int, int]] = field(default_factory=list)
     state_saves: list[tuple[int, int]] = field(default_factory=list)
-    processed_logprobs: bool = False
+    wants_processed_logprobs: bool = False
 
     @property
     def slots(self) -> list[int]:
@@ -105,7 +105,7 @@ class Batch:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether prompt logprobs are wanted."""
+        """Whether a row has `scored_ids`. Then the step keeps all hidden states, and runs without a graph."""
         return bool(self.scored_rows)
 
 

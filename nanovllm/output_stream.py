@@ -3,10 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
-
-from nanovllm.outputs import CompletionOutput, RequestOutput
 
 Output = TypeVar("Output")
 
@@ -70,19 +67,3 @@ def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], argu
 def keep_newest(first: Output, second: Output) -> Output:
     """Merge outputs that have everything since the start."""
     return second
-
-
-def merge_deltas(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    """Merge outputs that have only what is new."""
-    samples = {sample.index: sample for sample in first.outputs}
-    for new in second.outputs:
-        old = samples.get(new.index)
-        samples[new.index] = new if old is None else _merge_samples(old, new)
-    return replace(second, outputs=[samples[index] for index in sorted(samples)])
-
-
-def _merge_samples(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
-    logprobs = None
-    if old.logprobs is not None and new.logprobs is not None:
-        logprobs = old.logprobs + new.logprobs
-    return replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs)

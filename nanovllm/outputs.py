@@ -1,7 +1,7 @@
 """The results of a request."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from struct import Struct
 from typing import Any, NamedTuple, overload
 
@@ -306,6 +306,22 @@ class RequestOutput:
     def keys(self) -> tuple[str, ...]:
         """Return the names that can be read by key, so that `dict(out)`, `"text" in out` and iteration work."""
         return (*RequestOutput.__slots__, "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
+
+
+def merge_deltas(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Merge two successive outputs of a stream that have only what is new."""
+    samples = {sample.index: sample for sample in first.outputs}
+    for new in second.outputs:
+        old = samples.get(new.index)
+        samples[new.index] = new if old is None else _merge_samples(old, new)
+    return replace(second, outputs=[samples[index] for index in sorted(samples)])
+
+
+def _merge_samples(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
+    logprobs = None
+    if old.logprobs is not None and new.logprobs is not None:
+        logprobs = old.logprobs + new.logprobs
+    return replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs)
 
 
 @dataclass(frozen=True, slots=True)

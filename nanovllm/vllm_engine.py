@@ -1,12 +1,11 @@
 """`LLM`'s engine: with the parts of vLLM's engine that clients reach through `LLM.llm_engine`."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.memory_parts import MEMORY
 
 
 class VllmEngine(LLMEngine):
@@ -50,8 +49,7 @@ class VllmEngine(LLMEngine):
             super().start_weight_update()
             self.finishes_update = False
 
-    def _ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
-        """Finish the weight update that `load_trainer_weights` has started, then check as every engine does."""
+    def _before_use(self) -> None:
+        """Finish the weight update that `load_trainer_weights` has started."""
         if self.guard.update_open and self.finishes_update:
             self.finish_weight_update()
-        super()._ensure_usable(needs, allow_partial_weights)

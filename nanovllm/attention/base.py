@@ -126,7 +126,7 @@ class AttentionBackend(ABC):
         """Transform queries and keys, store keys and values, attend. A backend may fuse all of this in one kernel.
 
         Args:
-            qkv: [T, (H + 2 K) Dh], the decode rows' tokens first.
+            qkv: [T, (H + 2 K) Dh], the decode rows' tokens first. A backend may overwrite it.
             positions: [T] int64.
             kv: the layer's cache, which is written. It knows the layer's window.
             scale: factor of the scores.

@@ -87,7 +87,7 @@ class ModelSource:
         return load_tokenizer(path)
 
 
-def open_config(config: Config) -> ModelSource:
+def open_model_of(config: Config) -> ModelSource:
     """Find the model of an engine's config, and its tokenizer; see `open_model`."""
     source = open_model(config.model, config.load_format, revision=config.revision, download_dir=config.download_dir)
     if config.quantization is not None:

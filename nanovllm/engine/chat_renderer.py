@@ -1,4 +1,4 @@
-"""Conversations become prompts: checks, the chat template, and token ids. No torch here."""
+"""Conversations become prompts: checks, the chat template, and token ids."""
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceType

@@ -14,8 +14,7 @@ from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.executor.local import Executor
 from nanovllm.messages import StepOutput
-from nanovllm.output_stream import merge_deltas
-from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.outputs import Metrics, RequestOutput, merge_deltas
 
 
 class EngineCore:
@@ -51,7 +50,7 @@ class EngineCore:
         """Launch the next step, then collect the one before it."""
         step = timer.run("schedule", self.scheduler.schedule)
         if step is not None:
-            timer.run_on_gpu("launch", self.executor.launch, step.batch)
+            timer.run_timing_gpu("launch", self.executor.launch, step.batch)
             self.in_flight.append(step)
         while self._must_collect(step):
             output = timer.run("collect", self.executor.collect)

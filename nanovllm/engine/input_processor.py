@@ -1,7 +1,6 @@
 """Checks what callers send and turns it into requests: prompts become token ids, constraints become token filters.
 
 Nothing here reads or changes the engine's state, so several threads may use it at the same time as the engine's thread.
-No torch here.
 """
 
 from dataclasses import asdict

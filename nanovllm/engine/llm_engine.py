@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.model_source import new_weights, open_config
+from nanovllm.checkpoints.model_source import new_weights, open_model_of
 from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
@@ -71,7 +71,7 @@ class LLMEngine:
         self.guard = Guard()
         if self.config.device_type == "cpu":
             use_one_thread_after_fork()
-        self.source = open_config(self.config)
+        self.source = open_model_of(self.config)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()
@@ -397,11 +397,12 @@ class LLMEngine:
             self._ensure_usable(needs, allow_partial_weights)
 
     def _ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
-        """Raise as `ensure_usable` does. Call this in a section.
-
-        `VllmEngine` first finishes a weight update that its trainer does not finish itself.
-        """
+        """Raise as `ensure_usable` does. Call this in a section."""
+        self._before_use()
         self.guard.check_usable(needs, allow_partial_weights)
+
+    def _before_use(self) -> None:
+        """Do what an engine has to do before it is used. Called in a section."""
 
     def reserved(self) -> AbstractContextManager[None]:
         """Refuse other threads in a `with` block of several calls."""

@@ -452,7 +452,7 @@ class _StepBuilder:
         """Note that the step must compute logprobs of the token that it samples for `seq`."""
         self.wants_logprobs = True
         if seq.params.logprobs_mode == "processed_logprobs":
-            self.batch.processed_logprobs = True
+            self.batch.wants_processed_logprobs = True
 
 
 def _next_power_of_2(k: int) -> int:

@@ -78,7 +78,7 @@ class StepTimer:
         self.phase_start = now
         return result
 
-    def run_on_gpu(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def run_timing_gpu(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a phase as `run` does. Also measure the GPU work that it launches."""
         if self.gpu is None:
             return self.run(name, call, *args, **kwargs)

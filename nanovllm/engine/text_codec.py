@@ -1,4 +1,4 @@
-"""Text and token ids: a model's tokenizer, and bounds that refuse too long a text early. No torch here."""
+"""Text and token ids: a model's tokenizer, and bounds that refuse too long a text early."""
 
 import copy
 from numbers import Integral

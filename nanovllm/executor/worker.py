@@ -10,7 +10,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
-from nanovllm.checkpoints.model_source import open_config
+from nanovllm.checkpoints.model_source import open_model_of
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.channels import receive_weights
 from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, rank_device
@@ -55,7 +55,7 @@ def _run_rank(rank: int, connection: Connection, sock: socket.socket, store_desc
     store = open_store(store_descriptor, size)
     store.set(f"rank {rank}", "present")
     group = make_group(rank, size, store, config.device_type, [sock])
-    source = open_config(config)
+    source = open_model_of(config)
     tp = TensorParallel(rank, size, group).with_peers(device, largest_all_reduce(config, source))
     runner = ModelRunner(config, source, tp, device)
     serve(runner, connection)

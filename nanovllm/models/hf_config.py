@@ -35,48 +35,48 @@ def read_hf_config(config: Any, eos_token_ids: tuple[int, ...] = ()) -> ModelCon
         ValueError: the model is not supported, or an option is wrong.
     """
     check_model_type(config.model_type)
-    whole = config
-    config = config.text_config if FAMILIES[config.model_type].is_nested else config
-    for part in (whole, config):
+    # The options of the decoder.
+    text = config.text_config if FAMILIES[config.model_type].is_nested else config
+    for part in (config, text):
         check_model_type(part.model_type)
         _check_variant(part)
-    num_heads = config.num_attention_heads
-    moe_size = getattr(config, "moe_intermediate_size", None)
-    head_dim = getattr(config, "head_dim", None)
-    (theta, scaling), sliding_rope, rotary_factor = _ropes(config)
-    max_position = scaled_max_position(config.max_position_embeddings, scaling)
-    layer_types = _layer_types(config, max_position, keep=sliding_rope is not None)
-    vocab_size = checked_option("vocab_size", config.vocab_size, int)
-    end_ids = _end_ids(whole, config, eos_token_ids, vocab_size)
+    num_heads = text.num_attention_heads
+    moe_size = getattr(text, "moe_intermediate_size", None)
+    head_dim = getattr(text, "head_dim", None)
+    (theta, scaling), sliding_rope, rotary_factor = _ropes(text)
+    max_position = scaled_max_position(text.max_position_embeddings, scaling)
+    layer_types = _layer_types(text, max_position, keep=sliding_rope is not None)
+    vocab_size = checked_option("vocab_size", text.vocab_size, int)
+    end_ids = _end_ids(config, text, eos_token_ids, vocab_size)
     return ModelConfig(
-        model_type=config.model_type,
+        model_type=text.model_type,
         vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=_first_given(getattr(config, "intermediate_size", None), moe_size, 0),
-        num_layers=config.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=_first_given(getattr(text, "intermediate_size", None), moe_size, 0),
+        num_layers=text.num_hidden_layers,
         num_heads=num_heads,
-        num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
-        head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
+        num_kv_heads=_first_given(getattr(text, "num_key_value_heads", None), num_heads),
+        head_dim=default_head_dim(text.hidden_size, num_heads) if head_dim is None else head_dim,
         max_position=max_position,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=whole.tie_word_embeddings or config.tie_word_embeddings,
+        rms_norm_eps=text.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings or text.tie_word_embeddings,
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_rope=sliding_rope,
         partial_rotary_factor=rotary_factor,
         layer_types=layer_types,
-        gated_delta_net=_gated_delta_net(config) if "gated_delta_net" in (layer_types or ()) else None,
-        dtype=_first_given(stated_dtype(whole), torch.float32),
+        gated_delta_net=_gated_delta_net(text) if "gated_delta_net" in (layer_types or ()) else None,
+        dtype=_first_given(stated_dtype(config), torch.float32),
         eos_token_ids=end_ids,
-        moe=_moe(config) if FAMILIES[config.model_type].has_experts else None,
-        quantization=_quantization(whole) or _quantization(config),
-        **_family_options(config, layer_types),
+        moe=_moe(text) if FAMILIES[text.model_type].has_experts else None,
+        quantization=_quantization(config) or _quantization(text),
+        **_family_options(text, layer_types),
     )
 
 
-def _end_ids(whole: Any, config: Any, generation_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+def _end_ids(config: Any, text: Any, generation_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     """Return the end-of-sequence ids of the first config that names any that the vocabulary has."""
-    for given in (generation_ids, getattr(whole, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+    for given in (generation_ids, getattr(config, "eos_token_id", None), getattr(text, "eos_token_id", None)):
         if ids := known_ids(given, vocab_size):
             return ids
     return ()

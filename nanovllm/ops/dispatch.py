@@ -118,7 +118,7 @@ def kernel_of(num_tokens: int, num_weights: int) -> Kernel:
     return kernel
 
 
-def capture_sizes(max_tokens: int) -> list[int]:
+def mixed_capture_sizes(max_tokens: int) -> list[int]:
     """Return the numbers of tokens, up to `max_tokens`, of the CUDA graphs for mixed steps."""
     return [size for regime in TABLE for size in regime.captured if size <= max_tokens]
 

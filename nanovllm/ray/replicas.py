@@ -25,7 +25,8 @@ from nanovllm.config import check_names
 from nanovllm.engine.memory_parts import MEMORY, parts_of_level, parts_of_tags
 from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.llm import Chat, pair_params
-from nanovllm.output_stream import OutputStream, call_soon, keep_newest, merge_deltas
+from nanovllm.output_stream import OutputStream, call_soon, keep_newest
+from nanovllm.outputs import merge_deltas
 from nanovllm.progress import GenerationBar
 from nanovllm.ray.actor import ReplicaActor, pack
 from nanovllm.ray.request import Replica, Request

@@ -14,7 +14,7 @@ from nanovllm.config import Config
 from nanovllm.layers.attention import Attention
 from nanovllm.messages import Batch
 from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
-from nanovllm.ops.dispatch import capture_sizes
+from nanovllm.ops.dispatch import mixed_capture_sizes
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.triton_utils import sm_count
 from nanovllm.runner.forward import Forward, StepTensors
@@ -153,7 +153,7 @@ class StepGraphs:
         shares = shares and any(not kind.window for kind in self.forward.pool.kv_kinds)
         with _exclusive_capture():  # the largest of each kind first: the others fit in its memory
             if backend.capturable_prefill:
-                for size in reversed(capture_sizes(self.config.max_num_batched_tokens)):
+                for size in reversed(mixed_capture_sizes(self.config.max_num_batched_tokens)):
                     self._capture_mixed(size, min(size, max_num_seqs) + 1)
             if shares:
                 for size in reversed(shared_sizes(max_num_seqs)):

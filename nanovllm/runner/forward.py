@@ -185,7 +185,7 @@ class Forward:
             batch_rows = wanted[local[start : start + LOGPROB_ROWS]]
             logit_rows = to_device(batch_rows - rank_rows.start)  # indices in this rank's logits and tokens
             logits = result.logits[logit_rows]
-            if batch.processed_logprobs:
+            if batch.wants_processed_logprobs:
                 slots = to_device(np.array(batch.slots)[batch_rows])
                 logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
             parts.append(top_logprobs(logits, tokens[logit_rows], k))

@@ -251,7 +251,7 @@ class ModelRunner:
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _allocate(self, sizes: StateSizes) -> None:
-        """Allocate the state of the layers and of the slots.
+        """Allocate what depends on `sizes`: the state of the layers and of the slots, and the Forward over them.
 
         If `sizes` has fewer sequences than the config, only the first slots have recurrent state.
         """

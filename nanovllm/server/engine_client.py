@@ -20,7 +20,7 @@ from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nanovllm.checkpoints.model_source import open_config
+from nanovllm.checkpoints.model_source import open_model_of
 from nanovllm.config import Config
 from nanovllm.inputs import Prompt
 from nanovllm.output_stream import OutputStream, call_soon
@@ -238,7 +238,7 @@ class EngineClient:
     @cached_property
     def tokenizer(self) -> Any:
         """A copy of the model's transformers tokenizer."""
-        return open_config(self._config).tokenizer()
+        return open_model_of(self._config).tokenizer()
 
     def close(self) -> None:
         """End the engine's process. Iterations that go on raise RuntimeError. May be called again."""

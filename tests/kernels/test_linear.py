@@ -12,9 +12,9 @@ from nanovllm.ops.dispatch import (
     Fp8Kernel,
     Kernel,
     Regime,
-    capture_sizes,
     compile_sizes,
     kernel_of,
+    mixed_capture_sizes,
     regime_of,
 )
 from nanovllm.ops.linear import gemm
@@ -183,7 +183,7 @@ def test_the_table_s_sizes_lie_in_their_regimes_and_the_largest_is_compiled():
         sizes = {*regime.captured, *regime.compiled}
         assert all(before.max_tokens < size <= regime.max_tokens for size in sizes)
         assert regime.max_tokens in regime.captured or not regime.captured  # a graph for as many tokens as there may be
-    assert capture_sizes(100) == [16, 32, 64, 96] and compile_sizes(100) == [1, 2, 3, 4, 16, 32, 64, 100]
+    assert mixed_capture_sizes(100) == [16, 32, 64, 96] and compile_sizes(100) == [1, 2, 3, 4, 16, 32, 64, 100]
     assert [regime_of(tokens) for tokens in (0, 1, 2, 4, 5, 2049)] == [TABLE[i] for i in (0, 0, 1, 1, 2, 5)]
     assert MAX_GEMV_TOKENS == 4
 

@@ -19,7 +19,7 @@ from nanovllm.ops.comm import cuda_ipc, overlapped_all_reduce
 from nanovllm.ops.comm.overlapped_all_reduce import MIN_TOKENS, NUM_SLICES, OverlappedAllReduce, inbox_words
 from nanovllm.ops.comm.peer_memory import PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch
-from nanovllm.ops.dispatch import capture_sizes
+from nanovllm.ops.dispatch import mixed_capture_sizes
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.ranks import run_ranks
 
@@ -195,7 +195,7 @@ def test_large_aligned_tensors_fit_unless_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not fits(16384, 4096)
     # Captured steps never overlap, and neither does their warm-up.
-    assert max(capture_sizes(1 << 20)) < MIN_TOKENS
+    assert max(mixed_capture_sizes(1 << 20)) < MIN_TOKENS
 
 
 def test_an_inbox_is_as_large_as_the_largest_all_reduce_needs():

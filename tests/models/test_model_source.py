@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import default_model as default
 from nanovllm.checkpoints.default_model import default_model
-from nanovllm.checkpoints.model_source import open_config, open_model
+from nanovllm.checkpoints.model_source import open_model, open_model_of
 from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.config import Config
@@ -411,7 +411,7 @@ def test_tokenizer_of_the_models_own_hub_id_has_its_revision(fake_hub, tmp_path)
     fake_hub.models["other/name"] = save_tiny_with_tokenizer(tmp_path / "other", "llama")
     for tokenizer, revision in (("owner/name", "v2"), ("other/name", "main")):
         fake_hub.requests.clear()
-        open_config(Config(model="owner/name", revision="v2", tokenizer=tokenizer, device="cpu"))
+        open_model_of(Config(model="owner/name", revision="v2", tokenizer=tokenizer, device="cpu"))
         asked = {request for request in fake_hub.requests if "/revision/" in request}
         assert asked == {"/api/models/owner/name/revision/v2", f"/api/models/{tokenizer}/revision/{revision}"}
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nanovllm import AsyncLLM, CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
-from nanovllm.output_stream import merge_deltas
+from nanovllm.outputs import merge_deltas
 from nanovllm.server import health
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.engine_host import _Host

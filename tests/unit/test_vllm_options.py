@@ -9,7 +9,7 @@ import torch
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checkpoints.default_model import default_model
-from nanovllm.checkpoints.model_source import open_config
+from nanovllm.checkpoints.model_source import open_model_of
 from nanovllm.config import Config
 from nanovllm.vllm_options import NEUTRAL, NEUTRAL_SAMPLING, NEUTRAL_STRUCTURED, RENAMED
 from tests.helpers import engine, greedy, tokens
@@ -350,16 +350,16 @@ def test_revision_and_folder_of_a_download_reach_the_hub(model, monkeypatch, tmp
     assert calls == [("someone/model", "v2", tmp_path)]
     for name, options in [(model, {}), ("qwen3-0.6b", {"load_format": "dummy"})]:
         with pytest.raises(ValueError, match="revision must be None for a local model, got 'v2'"):
-            open_config(Config(model=name, revision="v2", **options))
+            open_model_of(Config(model=name, revision="v2", **options))
 
 
 def test_tokenizer_of_another_folder_replaces_the_models(model, tmp_path):
     default = default_model()
     with pytest.raises(ValueError, match=r"is not a folder or \.gguf file with a tokenizer"):
-        open_config(Config(model=model, tokenizer=model))
+        open_model_of(Config(model=model, tokenizer=model))
     with pytest.raises(ValueError, match=r"tokenizer '.*missing' is not a folder or \.gguf file on this machine"):
-        open_config(Config(model=model, tokenizer=tmp_path / "missing"))
-    source = open_config(Config(model=model, tokenizer=default))
+        open_model_of(Config(model=model, tokenizer=tmp_path / "missing"))
+    source = open_model_of(Config(model=model, tokenizer=default))
     assert source.tokenizer().decode(source.tokenizer().encode("Hello")) == "Hello"
     source.tokenizer().save_pretrained(tmp_path)
     with engine(model, tokenizer=tmp_path) as llm:
