@@ -249,7 +249,7 @@ def count_costs(
         tables.apply(batch)
         slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
         num_tokens = int(new.sum())
-        num_sampled = sum(row.is_sampled for row in batch.rows)
+        num_sampled = sum(row.yields_token for row in batch.rows)
         distinct = tables.distinct_tokens(slots, before + new)
         attended = 0
         kv_tokens = 0

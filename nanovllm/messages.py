@@ -20,8 +20,8 @@ class Row(NamedTuple):
         slot: the sequence's slot in the batch state on the device.
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
-        is_sampled: whether the logits of the row's last token give the sequence's next token. The device samples for
-            every row; what it samples for the others is discarded.
+        yields_token: whether the row's last token is the sequence's last, so that its logits give the next token. The
+            device samples for every row; what it samples for the others is discarded.
         scored_ids: prompt tokens whose logprobs are wanted.
         first_scored: index in the row of the token whose logits score the first of `scored_ids`. The tokens after it
             score the others.
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     slot: int
     start: int
     token_ids: list[int] | None
-    is_sampled: bool
+    yields_token: bool
     scored_ids: Sequence[int] = ()
     first_scored: int = 0
 

@@ -33,7 +33,8 @@ class TensorParallel:
 
     Args:
         rank, size: index of this rank and number of ranks.
-        group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
+        group: a `torch.distributed` process group (gloo or NCCL), or a `SocketGroup`; None for a single rank, for which
+            `all_reduce` only adds and norms.
         peers: GPU memory that all ranks can write; used for the collectives that fit, if the ranks can reach it.
         capture_lock: held while CUDA graphs are captured. `abort` waits for it, because only the capturing thread can
             end a capture.

@@ -21,7 +21,7 @@ class DeferInterrupts:
 
     def __init__(self):
         self.active = True
-        self.alarms_pass = False
+        self.runs_callers_code = False
         self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self.caught: dict[int, FrameType | None] = {}
 
@@ -37,16 +37,16 @@ class DeferInterrupts:
         self._finish()
 
     def pull(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield `items`. Let alarms through while the caller's code makes an item, because it may rely on them."""
+        """Yield `items`. While the caller's code makes an item, let alarms and SIGTERM through: it may rely on them."""
         iterator = iter(items)
         while True:
-            self.alarms_pass = True
+            self.runs_callers_code = True
             try:
                 item = next(iterator)
             except StopIteration:
                 return
             finally:
-                self.alarms_pass = False
+                self.runs_callers_code = False
             yield item
 
     def let_through(self) -> None:
@@ -70,7 +70,7 @@ class DeferInterrupts:
         """Handle a signal: note it, or pass it on to the handler that was replaced."""
         if not self.active:  # an interrupt kept `_finish` from putting the handler back
             signal.signal(number, self.handlers[number])
-        passes = self.alarms_pass and number == signal.SIGALRM
+        passes = self.runs_callers_code and number != signal.SIGINT
         if passes or not self.active or number in self.caught:
             self.handlers[number](number, frame)
         else:
@@ -85,5 +85,13 @@ class DeferInterrupts:
                     signal.signal(number, self.handlers[number])
         finally:
             self.active = False
-        for number, frame in self.caught.items():
-            self.handlers[number](number, frame)
+            self._call_handlers()
+
+    def _call_handlers(self) -> None:
+        """Call the handlers of all signals that were held back, even if one of them raises."""
+        while self.caught:
+            number, frame = self.caught.popitem()
+            try:
+                self.handlers[number](number, frame)
+            finally:
+                self._call_handlers()

@@ -391,15 +391,15 @@ class _StepBuilder:
         """Add a row that computes the next `num_new` tokens of `seq`. Its placement has their blocks."""
         # 1. The row. Its kind follows from the placement and the pending tokens before this step.
         start = placement.num_computed
-        is_sampled = start + num_new == seq.num_tokens
+        yields_token = start + num_new == seq.num_tokens
         if placement.is_decoding:
-            self.decode_rows.append(Row(placement.slot, start, None, is_sampled))
+            self.decode_rows.append(Row(placement.slot, start, None, yields_token))
             self.decoding.append(seq)
         else:
-            self._add_prefill_row(seq, placement.slot, start, num_new, is_sampled)
+            self._add_prefill_row(seq, placement.slot, start, num_new, yields_token)
         # 2. The progress with this step. A decode row is always sampled, so the sequence goes on decoding.
-        placement.is_decoding = is_sampled
-        if is_sampled:
+        placement.is_decoding = yields_token
+        if yields_token:
             seq.num_pending += 1
             if seq.num_logprobs is not None:
                 self._note_logprobs(seq)
@@ -421,7 +421,7 @@ class _StepBuilder:
         sequences = self.decoding + self.prefilling
         if self.wants_logprobs:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
-                if row.is_sampled and seq.num_logprobs is not None:
+                if row.yields_token and seq.num_logprobs is not None:
                     batch.logprob_rows.setdefault(_next_power_of_2(seq.num_logprobs), []).append(i)
                 if row.scored_ids and seq.num_prompt_logprobs is not None:
                     batch.scored_rows.setdefault(_next_power_of_2(seq.num_prompt_logprobs), []).append(i)
@@ -432,7 +432,7 @@ class _StepBuilder:
         for i in range(first, len(placement.block_table)):
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
-    def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
+    def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, yields_token: bool) -> None:
         scored_ids = ()
         first_scored = 0
         if seq.num_unscored:
@@ -445,7 +445,7 @@ class _StepBuilder:
                 seq.num_scored = end
                 self.wants_logprobs = True
         token_ids = seq.token_ids[start : start + num_new]
-        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, scored_ids, first_scored))
+        self.prefill_rows.append(Row(slot, start, token_ids, yields_token, scored_ids, first_scored))
         self.prefilling.append(seq)
 
     def _note_logprobs(self, seq: Sequence) -> None:

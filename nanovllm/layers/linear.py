@@ -363,7 +363,7 @@ class LazyGemm:
         if bias is None and fmt.wants_zero_bias(self.x):
             bias = layer.zero_bias
         partial_sum = fmt.linear(self.x, bias, counters=get_counters())
-        return Residual(partial_sum, layer.tp, base=stream, is_partial=True)
+        return Residual(partial_sum, layer.tp, base=stream, is_pending=True)
 
     def _add_in_all_reduce(self, stream: torch.Tensor) -> Residual:
         """Let one kernel do the GEMM, the all-reduce and the addition. Every rank adds the bias to the result."""

@@ -39,25 +39,25 @@ class LazyValue(Protocol):
 class Residual:
     """The residual stream of T tokens.
 
-    Its value is x, or base + all_reduce(x) while `is_partial`. `complete` computes this value in x, in place.
+    Its value is x, or base + all_reduce(x) while `is_pending`. `complete` computes this value in x, in place.
 
     Attributes:
         x: [T, hidden_size].
         tp: the tensor-parallel group.
         base: [T, hidden_size], the same on every rank: what is still to be added to the all-reduced x. None if nothing.
-        is_partial: whether the all-reduce of x, the addition of `base`, or both are still to be done. On one rank only
+        is_pending: whether the all-reduce of x, the addition of `base`, or both are still to be done. On one rank only
             the addition is.
     """
 
     x: torch.Tensor
     tp: TensorParallel
     base: torch.Tensor | None = None
-    is_partial: bool = False
+    is_pending: bool = False
 
     @classmethod
     def from_partial_sum(cls, partial_sum: torch.Tensor, tp: TensorParallel) -> "Residual":
         """Start a residual stream with the all-reduce of `partial_sum` [T, hidden_size]."""
-        return cls(partial_sum, tp, is_partial=tp.size > 1)
+        return cls(partial_sum, tp, is_pending=tp.size > 1)
 
     def add(self, x: "torch.Tensor | LazyValue") -> "Residual":
         """Return the stream plus x. This stream is used up: its memory may be overwritten.
@@ -72,22 +72,22 @@ class Residual:
     def __getitem__(self, tokens: torch.Tensor) -> "Residual":
         """Return a copy of the tokens at these indices [L] int64."""
         base = None if self.base is None else self.base[tokens]
-        return Residual(self.x[tokens], self.tp, base, self.is_partial)
+        return Residual(self.x[tokens], self.tp, base, self.is_pending)
 
     def complete(self) -> torch.Tensor:
         """Make x the whole stream, in place, and return it."""
-        return self._all_reduce(norm=None) if self.is_partial else self.x
+        return self._all_reduce(norm=None) if self.is_pending else self.x
 
     def normed(self, norm: Norm) -> LazyNorm:
         """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
-        if self.is_partial:
+        if self.is_pending:
             return LazyNorm(self._all_reduce(norm), None)
         return LazyNorm(self.x, norm)
 
     def _all_reduce(self, norm: Norm | None) -> torch.Tensor:
         """Overwrite x with its sum over the ranks plus `base`. Return x, or its RMSNorm."""
         result = self.tp.all_reduce(self.x, norm, self.base)
-        self.base, self.is_partial = None, False
+        self.base, self.is_pending = None, False
         return result
 
 

@@ -237,7 +237,7 @@ class ModelRunner:
             self.wait(step.event)
         self.in_flight.popleft()
         sampled = zip(step.batch.rows, step.tokens.tolist(), strict=True)
-        token_ids = [(token_id,) if row.is_sampled else () for row, token_id in sampled]
+        token_ids = [(token_id,) if row.yields_token else () for row, token_id in sampled]
         return StepOutput(token_ids, _packed(step.logprobs), _packed(step.prompt_logprobs))
 
     def wait(self, event: torch.cuda.Event | torch.Event) -> None:
@@ -326,7 +326,7 @@ class ModelRunner:
         """
         length, num_longer = divmod(self.config.max_num_batched_tokens, self.max_rows)
         lengths = [length + 1] * num_longer + [length] * (self.max_rows - num_longer)
-        return Batch([Row(slot=0, start=0, token_ids=[0] * length, is_sampled=False) for length in lengths])
+        return Batch([Row(slot=0, start=0, token_ids=[0] * length, yields_token=False) for length in lengths])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 

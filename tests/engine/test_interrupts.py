@@ -320,28 +320,48 @@ def test_deferred_interrupt_is_raised_even_if_the_block_fails():
         raise ValueError("the body's own error")
 
 
-def test_alarms_reach_only_the_code_that_makes_the_weights():
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM])
+def test_alarms_and_sigterm_reach_only_the_code_that_makes_the_weights(number):
     def ring(*_):
         rung.append(making)
 
     def weights():
         nonlocal making
-        signal.raise_signal(signal.SIGALRM)
+        signal.raise_signal(number)
         making = False
         yield "a", 1
         making = True
-        signal.raise_signal(signal.SIGALRM)
+        signal.raise_signal(number)
 
-    rung, making, before = [], True, signal.signal(signal.SIGALRM, ring)
+    rung, making, before = [], True, signal.signal(number, ring)
     try:
         with DeferInterrupts() as deferral:
             for _ in deferral.pull(weights()):
-                signal.raise_signal(signal.SIGALRM)  # held back
+                signal.raise_signal(number)  # held back
                 assert rung == [True]
             assert rung == [True, True]
         assert len(rung) == 3
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(number, before)
+
+
+def test_all_handlers_of_held_back_signals_are_called_even_if_one_raises():
+    def note(number, frame):
+        called.append(number)
+        raise RuntimeError
+
+    called = []
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    try:
+        with pytest.raises(RuntimeError), DeferInterrupts():
+            for number in before:
+                signal.raise_signal(number)
+            assert not called
+        assert sorted(called) == sorted(before)
+        assert all(signal.getsignal(number) is note for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_handler_that_the_caller_installs_meanwhile_stays():

@@ -154,7 +154,7 @@ def run_layers(rank, memory, folder):
         results = []
         for linear.choose_adder in (choose_adder, lambda *args, **options: Adder.NEXT_NORM):
             y = Residual(residual.clone(), tp).add(row(part))
-            assert y.is_partial != (linear.choose_adder is choose_adder and rows <= 4)
+            assert y.is_pending != (linear.choose_adder is choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)

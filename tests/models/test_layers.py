@@ -97,7 +97,7 @@ def test_first_norm_all_reduces_the_embeddings_once(size):
         norm = RMSNorm(dim, 1e-6)
         norm.weight.copy_(torch.arange(dim))
         residual = embedding.residual(ids)
-        assert residual.is_partial == (size > 1)
+        assert residual.is_pending == (size > 1)
         selected = residual[torch.tensor([5, 0])]
         normed = computed(norm(residual))
     want = rms_norm(full[ids], torch.arange(float(dim)), 1e-6)

@@ -80,7 +80,7 @@ class FakeDevice:
         if self.has_state:
             assert self.states[row.slot] == tuple(seen)
         self.last[row.slot], self.length[row.slot] = next_token(seen), end
-        return (self.last[row.slot],) if row.is_sampled else ()
+        return (self.last[row.slot],) if row.yields_token else ()
 
 
 def run(
@@ -335,7 +335,7 @@ def test_samples_of_a_long_prompt_are_admitted_in_several_steps():
         step = scheduler.schedule()
         assert len(step.batch.new_blocks) < 8500 + 500
         num_steps += 1
-        scheduler.update(step, StepOutput([(3,) if row.is_sampled else () for row in step.batch.rows]))
+        scheduler.update(step, StepOutput([(3,) if row.yields_token else () for row in step.batch.rows]))
     assert 3 <= num_steps <= 8
     assert all(seq.finish_reason == "length" for seq in seqs)
 
@@ -474,7 +474,7 @@ def serve(scheduler, clock, overlap=1):
             in_flight.append((step, device.launch(step.batch)))
             with_mask = {slot for slot, _ in step.batch.masks}
             for seq, row in zip(step.sequences, step.batch.rows, strict=True):
-                assert (row.slot in with_mask) == bool(row.is_sampled and seq.token_filter)
+                assert (row.slot in with_mask) == bool(row.yields_token and seq.token_filter)
         if in_flight and (not step or len(in_flight) > overlap):
             scheduler.update(*in_flight.pop(0))
     return times
