@@ -158,6 +158,8 @@ def _check_command(name: str) -> None:
     """Exit with one line unless there is a module `name` that can run."""
     if name.partition(".")[0] == "vllm":
         sys.exit(f"{name} is no command: vllm has nanovllm's names only. The server is `nanovllm serve`")
+    if name.endswith(".py") or "/" in name:
+        sys.exit(f"{name} is no module: give its name without .py, or import nanovllm.as_vllm at the top of the script")
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:

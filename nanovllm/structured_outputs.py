@@ -97,7 +97,8 @@ class StructuredOutputsParams:
         for name in (form, "whitespace_pattern"):
             text = self._text(name)
             if not isinstance(text, str):
-                raise TypeError(f"structured_outputs.{name} must be a string, got {shown(text)}")
+                forms = "a dict or a string" if name in ("json", "structural_tag") else "a string"
+                raise TypeError(f"structured_outputs.{name} must be {forms}, got {shown(text)}")
             if len(text) > MAX_GRAMMAR_CHARS:
                 raise ValueError(f"structured_outputs.{name} must have at most {MAX_GRAMMAR_CHARS} characters")
 

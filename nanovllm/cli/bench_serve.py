@@ -27,7 +27,7 @@ class BenchOptions:
 
     Args:
         url: the server's address. The environment's proxy variables are not used.
-        api_key: sent to the server as a Bearer token.
+        api_key: sent to the server as a Bearer token; by default the first key in NANOVLLM_API_KEY.
         model: the model's name in the API; None asks the server for its first one.
         num_prompts: number of requests.
         request_rate: how many requests are sent in a second on average, at random times (a Poisson process); inf sends

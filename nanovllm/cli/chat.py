@@ -53,7 +53,7 @@ class ChatOptions:
     Args:
         model: as in `Config`; with `url`, the model's name in the API, and None is the server's first one.
         url: the address of a server to chat with.
-        api_key: sent to the server as a Bearer token.
+        api_key: sent to the server as a Bearer token; by default the first key in NANOVLLM_API_KEY.
         system: the system message.
     """
 
@@ -176,7 +176,7 @@ class Chat:
         line = self.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return line.removesuffix("\n").removeprefix("\ufeff")  # a byte order mark starts some files
 
     def handle(self, message: str) -> None:
         """Run a command, or answer a message."""

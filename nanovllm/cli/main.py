@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import nanovllm
@@ -14,10 +15,11 @@ from nanovllm.cli.bench_serve import BenchOptions, bench_serve
 from nanovllm.cli.chat import ChatOptions, chat
 from nanovllm.cli.flags import add_flags, given
 from nanovllm.config import Config
-from nanovllm.server.options import ServerOptions, with_key
+from nanovllm.server.options import ServerOptions, listed, with_key
 from nanovllm.utils.logs import log_to_stderr
 
 Options = TypeVar("Options")
+Client = TypeVar("Client", ChatOptions, BenchOptions)
 
 _INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
 _SERVER_PACKAGES = ("fastapi", "httptools", "httpx", "prometheus_client", "pydantic", "starlette", "uvicorn")
@@ -72,7 +74,7 @@ def _add_chat(commands: argparse._SubParsersAction) -> None:
 
 def _chat(args: argparse.Namespace) -> int:
     _checked(args, Config)
-    return chat(_checked(args, ChatOptions), given(args, Config))
+    return chat(_with_key(_checked(args, ChatOptions)), given(args, Config))
 
 
 def _add_bench_serve(commands: argparse._SubParsersAction) -> None:
@@ -86,7 +88,15 @@ def _add_bench_serve(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench_serve(args: argparse.Namespace) -> int:
-    return bench_serve(_checked(args, BenchOptions))
+    return bench_serve(_with_key(_checked(args, BenchOptions)))
+
+
+def _with_key(options: Client) -> Client:
+    """Return a client's options with the environment's first API key, unless they have one or no use for it."""
+    keys = listed(os.environ.get("NANOVLLM_API_KEY"))
+    if options.api_key is not None or not keys or options.url is None or "@" in options.url:
+        return options
+    return replace(options, api_key=keys[0])
 
 
 def _checked(args: argparse.Namespace, options: type[Options]) -> Options:

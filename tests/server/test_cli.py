@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.workloads import offline
 from nanovllm import SamplingParams, __version__
+from nanovllm.cli import main as cli
 from nanovllm.cli.bench_report import Run, summary, table
 from nanovllm.cli.bench_serve import BenchOptions, arrivals, make_requests
 from nanovllm.cli.chat import HELP, SETTINGS, Chat, ChatOptions
@@ -108,6 +109,19 @@ def test_api_key_comes_from_the_environment_unless_the_flag_is_given(served, mon
     monkeypatch.setenv("NANOVLLM_API_KEY", "secret")
     assert main(["serve"]) == main(["serve", "--api-key", "a"]) == 0
     assert [options.api_key for _, options in served] == ["secret", "a"]
+
+
+def test_clients_take_the_first_api_key_of_the_environment_unless_they_have_one(monkeypatch):
+    monkeypatch.setenv("NANOVLLM_API_KEY", "secret, other")
+    keys = []
+    monkeypatch.setattr(cli, "chat", lambda options, _: keys.append(options.api_key) or 0)
+    monkeypatch.setattr(cli, "bench_serve", lambda options: keys.append(options.api_key) or 0)
+    for command in (["chat"], ["bench", "serve"]):
+        main([*command, "--url", "http://h"])
+        main([*command, "--url", "http://h", "--api-key", "a"])
+        main([*command, "--url", "http://user:password@h"])
+    main(["chat"])
+    assert keys == ["secret", "a", None] * 2 + [None]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +276,7 @@ def assistant(text):
 
 def test_lines_of_a_pipe_are_one_conversation(capsys):
     model = ScriptedModel(["Hel", "lo."], ["Bye."])
-    _, status = talk(model, "Hi\n\nSee you\n")
+    _, status = talk(model, "\ufeffHi\n\nSee you\n")  # with a byte order mark, as some editors write
     assert status == 0
     assert capsys.readouterr().out == "Hello.\nBye.\n"
     assert [messages for messages, _ in model.seen] == [

@@ -121,6 +121,7 @@ def test_a_command_runs_with_the_names(tmp_path):
 def test_a_command_that_cannot_run_ends_with_one_line():
     commands = {
         "nosuchmodule": "there is no module nosuchmodule",
+        "script.py": "script.py is no module: give its name without .py, or import nanovllm.as_vllm",
         "nosuchpackage.x": "No module named 'nosuchpackage'",
         "xml": "there is no module xml that can run",
         "vllm": "The server is `nanovllm serve`",
