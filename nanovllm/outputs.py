@@ -270,9 +270,8 @@ class RequestOutput:
     @property
     def _first(self) -> CompletionOutput:
         """The first sample; an empty one if this output has nothing of it."""
-        for sample in self.outputs[:1]:
-            if sample.index == 0:
-                return sample
+        if self.outputs and self.outputs[0].index == 0:
+            return self.outputs[0]
         return CompletionOutput(index=0, text="", token_ids=[], finish_reason=None)
 
     @property

@@ -129,9 +129,8 @@ def open_model(
         return ModelSource(PRESETS[str(name)])
     if not path.exists():
         if str(name) in PRESETS:
-            raise ValueError(
-                f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id"
-            )
+            advice = "use load_format='dummy' or a folder or hub id"
+            raise ValueError(f"model {str(name)!r} is a shape without weights; {advice}")
         check_hub_id("model", str(name), f" or, with load_format='dummy', one of {', '.join(PRESETS)}")
         path = download(str(name), revision, download_dir, with_weights=load_format != "dummy")
         with explaining_missing_files(str(name), revision):

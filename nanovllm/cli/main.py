@@ -74,7 +74,7 @@ def _add_chat(commands: argparse._SubParsersAction) -> None:
 
 def _chat(args: argparse.Namespace) -> int:
     _checked(args, Config)
-    return chat(_with_key(_checked(args, ChatOptions)), given(args, Config))
+    return chat(_with_client_key(_checked(args, ChatOptions)), given(args, Config))
 
 
 def _add_bench_serve(commands: argparse._SubParsersAction) -> None:
@@ -88,10 +88,10 @@ def _add_bench_serve(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench_serve(args: argparse.Namespace) -> int:
-    return bench_serve(_with_key(_checked(args, BenchOptions)))
+    return bench_serve(_with_client_key(_checked(args, BenchOptions)))
 
 
-def _with_key(options: Client) -> Client:
+def _with_client_key(options: Client) -> Client:
     """Return a client's options with the environment's first API key, unless they have one or no use for it."""
     keys = listed(os.environ.get("NANOVLLM_API_KEY"))
     if options.api_key is not None or not keys or options.url is None or "@" in options.url:

@@ -44,7 +44,7 @@ class ScheduledStep:
 
 
 class _CachedPrefix(NamedTuple):
-    """What the prefix cache has of a sequence.
+    """The cached start of a sequence.
 
     Args:
         cached: ids of the cached blocks that hold its first tokens.
@@ -284,7 +284,7 @@ class Scheduler:
             builder.add_row(seq, placement, num_new)
             budget -= num_new
 
-    def _find_cached(self, seq: Sequence) -> "_CachedPrefix":
+    def _find_cached(self, seq: Sequence) -> _CachedPrefix:
         """Find what the prefix cache has of a waiting sequence. Logits of cached tokens cannot score a prompt."""
         cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
         if not self.snapshots:

@@ -78,7 +78,10 @@ class Request:
 
     def _with_prompt(self, output: RequestOutput) -> RequestOutput:
         """Return an output with the prompt of the first one, the only one that a replica sends with it."""
-        self._first = first = self._first or output
+        first = self._first
+        if first is None:
+            self._first = output
+            return output
         return replace(
             output,
             prompt=first.prompt,

@@ -84,7 +84,9 @@ class Forward:
         )
 
     def mixed_step(self, packed: torch.Tensor, num_rows: int, num_tokens: int, max_context_len: int) -> StepTensors:
-        """Run one step whose rows may have any lengths, for a CUDA graph. Nothing depends on the content of `packed`.
+        """Run one step whose rows may have any lengths, for a CUDA graph.
+
+        The kernels and their grids do not depend on the content of `packed`.
 
         Args:
             packed: `BatchState.pack` of a batch, on the device.

@@ -1,4 +1,4 @@
-"""Where the lines of the logger "nanovllm" go in processes that are the project's own."""
+"""Set up the logger "nanovllm" in the project's own processes. In others, the user does."""
 
 import logging
 

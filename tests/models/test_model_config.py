@@ -297,6 +297,7 @@ def test_dtype_of_a_whole_config_precedes_that_of_its_text(whole, text, found):
     "config",
     [
         hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False),
+        hf_config(hidden_act="swish"),  # another name of silu
         hf_config(sliding_window=1024, use_sliding_window=True),  # a llama's config does not have these
         hf_config(layer_types=FULL_AND_SLIDING, sliding_window=7),
         hf_config(model_type="mistral", sliding_window=4096),

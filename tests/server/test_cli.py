@@ -864,6 +864,7 @@ def test_bench_reports_the_streams_of_a_server(tmp_path, capsys):
         flags = ["--url", server.url, "--json", str(path), "--goodput", "ttft:60000", "e2e:60000", "--api-key", "k"]
         assert main(["bench", "serve", *BENCH, *flags, "--request-rate", "1000"]) == 0
         _, *bodies = server.bodies("/v1/completions")
+        assert main(["bench", "serve", *BENCH, *flags, "--json", "/dev/full"]) == 1
     prompts, lens = make_requests(BenchOptions(num_prompts=6, input_len=(2, 4), output_len=(2, 5)))
     assert sorted((body["prompt"], body["max_tokens"]) for body in bodies) == sorted(zip(prompts, lens, strict=True))
     assert all(body["ignore_eos"] and body["stream"] and body["temperature"] == 0.6 for body in bodies)
@@ -873,8 +874,9 @@ def test_bench_reports_the_streams_of_a_server(tmp_path, capsys):
     assert figures["output_tokens"] == sum(lens)
     assert figures["input_tokens"] == sum(map(len, prompts))
     assert figures["options"]["num_prompts"] == 6 and "api_key" not in figures["options"]
-    shown = capsys.readouterr().out
-    assert "6 requests answered" in shown and "time to first token, ms" in shown
+    shown = capsys.readouterr()
+    assert "6 requests answered" in shown.out and "time to first token, ms" in shown.out
+    assert "/dev/full cannot be written: [Errno 28]" in shown.err
 
 
 def test_bench_never_has_more_requests_at_once_than_asked_for():

@@ -266,6 +266,11 @@ def test_white_space_that_is_no_text_is_refused(pattern):
         StructuredOutputsParams(json={}, whitespace_pattern=pattern)
 
 
+def test_a_schema_that_is_neither_a_dict_nor_text_is_refused():
+    with pytest.raises(TypeError, match=r"structured_outputs\.json must be a dict or a string, got <class"):
+        StructuredOutputsParams(json=dict)
+
+
 def test_unknown_options_of_long_names_are_cut():
     with pytest.raises(TypeError, match="there is no option xxx") as caught:
         LLM(**{"x" * 1_000_000: 1})
